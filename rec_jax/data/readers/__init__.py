@@ -1,0 +1,71 @@
+"""Readers: one small file per format, each `read(data, report) -> Tables`; look one up by `config.data.reader`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from rec_jax.data import tables as tables_lib
+from rec_jax.data.readers import amazon, files, mind, movielens, recbole, sequences, table
+from rec_jax.data.tables import Report, Tables
+from rec_jax.types import RecJaxError
+
+READERS: dict[str, Callable[[Any, Report], Tables]] = {
+    "movielens": movielens.read,
+    "sequences": sequences.read,
+    "recbole": recbole.read,
+    "amazon": amazon.read,
+    "mind": mind.read,
+    "table": table.read,
+}
+
+# What each reader expects at config.data.path.
+EXPECTS = {
+    "movielens": "a folder or .zip with u.data and u.item (100K), ratings.dat and movies.dat (1M, 10M), or ratings.csv and movies.csv",
+    "sequences": "a text file, one user a line: user item item ... in time order (.gz too)",
+    "recbole": "a folder with one .inter file, that file, or its path without the ending",
+    "amazon": "a reviews file, JSON lines (.gz too), with the meta file in config.data.items",
+    "mind": "a folder or .zip with behaviors.tsv and news.tsv",
+    "table": "a Parquet file, a folder of them, or a .csv or .tsv file (.gz too)",
+}
+
+
+def read(data: Any) -> Tables:
+    """Reads the tables that `config.data` names, applies the policies for duplicate item ids, adds display names, and checks the schema.
+
+    Raises:
+      RecJaxError: no such reader, a missing file (says what the reader expects), or bad input whose policy is "error".
+    """
+    reader = _reader(data)
+    where = files.resolve(data.path)
+    if not where.exists() and not (data.reader == "recbole" and recbole.inter_file(where)):
+        raise RecJaxError(f"config.data.path={data.path!r}: no such file or folder; reader {data.reader!r} expects {EXPECTS[data.reader]}")
+    tables = tables_lib.unique_items(reader(data, Report()), data.on_bad)
+    tables.items = tables_lib.with_names(tables.items)
+    tables_lib.check(tables)
+    return tables
+
+
+def inputs(data: Any) -> list[epath.Path]:
+    """The files that `read` may look at, sorted: for fingerprints."""
+    _reader(data)
+    out: list[epath.Path] = []
+    for key, path in (("config.data.path", data.path), ("config.data.items", data["items"])):
+        if not path and key == "config.data.items":
+            continue
+        where = files.resolve(path, key)
+        if where.is_dir():
+            out.extend(p for p in where.iterdir() if not p.is_dir())
+        elif where.exists():
+            out.append(where)
+        if data.reader == "recbole" and not where.is_dir():
+            out.extend(p for p in where.parent.iterdir() if p.name.startswith(recbole.stem(where) + "."))
+    return sorted(set(out))
+
+
+def _reader(data: Any) -> Callable[[Any, Report], Tables]:
+    if data.reader not in READERS:
+        raise RecJaxError(f"config.data.reader={data.reader!r}: no such reader; readers: {', '.join(READERS)}")
+    return READERS[data.reader]

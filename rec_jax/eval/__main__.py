@@ -1,0 +1,24 @@
+"""python -m rec_jax.eval --workdir=W [--split=test]"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rec_jax.cli import main_of
+from rec_jax.eval import final
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table of a workdir and writes W/eval/SPLIT.json -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rec_jax.eval", description=__doc__)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--split", default="test", choices=("valid", "test"))
+    args = parser.parse_args(argv)
+    final.run(args.workdir, args.split)
+    print(f"\nwritten to {args.workdir}/eval/{args.split}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    main_of(main)

@@ -1,0 +1,166 @@
+"""Full-catalogue rankings of an evaluation set: every target against every item, by two protocols in one pass.
+
+`NAME/...` removes the items of the user's history from the ranking (a target is never removed), `NAME_all/...` removes nothing.
+Ties never count for the target. Users are taken in blocks; of a block stay its ranks and top ids, never its scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rec_jax import topk
+from rec_jax.eval import metrics
+from rec_jax.types import Array, EvalSet, Ragged, RecJaxError
+
+Block = Callable[[np.ndarray, np.ndarray, np.ndarray], topk.Ranked]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rankings:
+    """What came out, in the order of the evaluation set.
+
+    Attributes:
+      metrics: means over the users by name, e.g. "test/ndcg@10", "test_all/hr@10"; and "test/coverage@10".
+      per_user: [U] float64 by the same names (coverage has none), for paired tests.
+      ids: [U, max k] int32, each user's best items with the history's removed, best first; -1 where there are fewer.
+      ranks: [U, Tg] int32 of the targets with the history removed, in the order of the set's targets; 0 = none.
+      ranks_all: [U, Tg] int32, with nothing removed.
+    """
+
+    metrics: dict[str, float]
+    per_user: dict[str, np.ndarray]
+    ids: np.ndarray
+    ranks: np.ndarray
+    ranks_all: np.ndarray
+
+
+def evaluate_vectors(
+    users: Array,
+    items: Array,
+    eval_set: EvalSet,
+    *,
+    ks: Sequence[int],
+    name: str = "test",
+    users_per_block: int = 256,
+    items_per_block: int = topk.BLOCK,
+    bias: Array | None = None,
+    mesh: Mesh | None = None,
+    axis: topk.Axis | None = None,
+) -> Rankings:
+    """users [U, D], items [N, D] -> Rankings of the users of `eval_set` by dot product, on the device.
+
+    Memory on the device: the items, and users_per_block x items_per_block x 4 bytes.
+
+    Args:
+      users: one vector for each row of `eval_set`.
+      ks: list lengths of the metrics.
+      name: of the split; metrics are called `name/...` and `name_all/...`.
+      bias, mesh, axis: as in `topk.top_k`.
+
+    Raises:
+      RecJaxError: sizes that do not fit, a user without target, a NaN score.
+    """
+    if len(users) != len(eval_set.users) or len(items) != eval_set.n_items:
+        raise RecJaxError(f"{len(users)} users, {len(items)} items; the evaluation set has {len(eval_set.users)} and {eval_set.n_items}")
+    items = jnp.asarray(items)
+
+    def block(rows: np.ndarray, target: np.ndarray, exclude: np.ndarray) -> topk.Ranked:
+        few = users_per_block - len(rows)  # the last block is filled up, so that it compiles to nothing new
+
+        def grow(x: Array, value: int) -> np.ndarray:
+            return np.pad(np.asarray(x), ((0, few), (0, 0)), constant_values=value)
+
+        out = topk.rank_and_top_k(
+            grow(users[rows], 0),
+            items,
+            grow(target, -1),
+            k=max(ks),
+            exclude=grow(exclude, -1),
+            block=items_per_block,
+            bias=bias,
+            mesh=mesh,
+            axis=axis,
+        )
+        return topk.Ranked(*(x[: len(rows)] for x in out))
+
+    return _evaluate(block, eval_set, ks, name, users_per_block)
+
+
+def evaluate_scores(
+    scorer: Callable[[Ragged], np.ndarray],
+    eval_set: EvalSet,
+    *,
+    ks: Sequence[int],
+    name: str = "test",
+    users_per_block: int = 256,
+) -> Rankings:
+    """scorer(histories [q]) -> scores [q, N] float32 -> Rankings of the users of `eval_set`; the scorer gets their histories, in blocks.
+
+    Memory: a few times users_per_block x N x 4 bytes. Args and Raises as in `evaluate_vectors`.
+    """
+
+    def block(rows: np.ndarray, target: np.ndarray, exclude: np.ndarray) -> topk.Ranked:
+        scores = scorer(_take(eval_set.history, rows))
+        if scores.shape != (len(rows), eval_set.n_items):
+            raise RecJaxError(f"the scorer gave scores of shape {scores.shape}, expected {(len(rows), eval_set.n_items)}")
+        return topk.rank_and_top_k_of_scores(scores, target, k=max(ks), exclude=exclude)
+
+    return _evaluate(block, eval_set, ks, name, users_per_block)
+
+
+def _evaluate(block: Block, eval_set: EvalSet, ks: Sequence[int], name: str, users_per_block: int) -> Rankings:
+    history, targets = eval_set.history, eval_set.targets
+    n = len(eval_set.users)
+    if not n or len(history) != n or len(targets) != n:
+        raise RecJaxError(
+            f"evaluation set {name!r}: {n} users, {len(history)} histories, {len(targets)} rows of targets; expected as many, not 0"
+        )
+    if not ks or min(ks) < 1 or users_per_block < 1:
+        raise RecJaxError(f"config.eval.k={tuple(ks)}, config.eval.users_per_block={users_per_block}: expected whole numbers above 0")
+    lengths = history.lengths()
+    order = np.argsort(lengths, kind="stable")  # users of like history length together: little padding, few compilations
+    width = int(targets.lengths().max())
+    ids = np.full((n, max(ks)), -1, np.int32)
+    ranks, ranks_all = np.zeros((2, n, width), np.int32)
+    for start in range(0, n, users_per_block):
+        rows = order[start : start + users_per_block]
+        exclude = _padded(history, rows, _bucket(int(lengths[rows].max())))
+        out = block(rows, _once(_padded(targets, rows, width)), exclude)
+        ids[rows], ranks[rows], ranks_all[rows] = out.ids, out.ranks, out.ranks_all
+    values = {f"{name}/{key}": v for key, v in metrics.per_user(ranks, ks=tuple(ks)).items()}
+    values |= {f"{name}_all/{key}": v for key, v in metrics.per_user(ranks_all, ks=tuple(ks)).items()}
+    means = {key: float(v.mean()) for key, v in values.items()}
+    means |= {f"{name}/coverage@{k}": metrics.coverage(ids, k=k, n_items=eval_set.n_items) for k in ks}
+    return Rankings(means, values, ids, ranks, ranks_all)
+
+
+def _take(rows: Ragged, which: np.ndarray) -> Ragged:
+    return Ragged.from_rows([rows[int(n)] for n in which], dtype=rows.flat.dtype)
+
+
+def _padded(rows: Ragged, which: np.ndarray, width: int) -> np.ndarray:
+    """Rows -> [q, width] int32 with -1 behind."""
+    out = np.full((len(which), width), -1, np.int32)
+    for place, n in enumerate(which):
+        row = rows[int(n)]
+        out[place, : len(row)] = row
+    return out
+
+
+def _once(targets: np.ndarray) -> np.ndarray:
+    """An item that is a user's target twice is ranked once, at its first place."""
+    again = (targets[:, :, None] == targets[:, None, :]) & np.tri(targets.shape[1], k=-1, dtype=bool)
+    return np.where(again.any(2), -1, targets).astype(np.int32)
+
+
+def _bucket(width: int) -> int:
+    """Widths that the compiled code comes in: 16, 64, 256, ..."""
+    bucket = 16
+    while bucket < width:
+        bucket *= 4
+    return bucket

@@ -1,0 +1,71 @@
+"""Text vector -> item vector: a linear map or a small MLP, started as PCA whitening of the catalogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rec_jax.types import Array, Params, RecJaxError
+
+HEADS = ("linear", "mlp")
+
+
+class _Head(nn.Module):
+    dim: int
+    hidden: int
+    kind: str
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        out = nn.Dense(self.dim, name="project")(text)
+        if self.kind == "mlp":
+            # A residual beside the linear map, zero at the start: the MLP begins as the (whitened) linear head.
+            inner = nn.gelu(nn.Dense(self.hidden, name="hidden")(text))
+            out = out + nn.Dense(self.dim, name="residual", kernel_init=nn.initializers.zeros)(inner)
+        return out
+
+
+def init(key: jax.Array, *, text_width: int, dim: int, hidden: int, kind: str) -> dict[str, Any]:
+    """Parameters of a head [text_width] -> [dim].
+
+    Raises:
+      RecJaxError: an unknown kind.
+    """
+    if kind not in HEADS:
+        raise RecJaxError(f"config.towers.item.head={kind!r}: expected one of {', '.join(HEADS)}")
+    return dict(_Head(dim, hidden, kind).init(key, jnp.zeros((1, text_width)))["params"])
+
+
+def apply(params: Params, text: Array, *, dim: int, hidden: int, kind: str) -> jax.Array:
+    """text [..., D_text] -> vectors [..., D]."""
+    return jnp.asarray(_Head(dim, hidden, kind).apply({"params": params}, text))
+
+
+def whitened(params: dict[str, Any], table: np.ndarray, *, power: float = 0.5) -> dict[str, Any]:
+    """Head parameters whose linear map is PCA of table [N, D_text] to D components, each divided by its variance ** power.
+
+    Args:
+      params: of `init`; not changed.
+      table: text vectors of the catalogue.
+      power: 0 keeps the scale of the components (PCA), 0.5 makes them all equal (whitening).
+
+    Raises:
+      RecJaxError: fewer text dimensions than D.
+    """
+    kernel = params["project"]["kernel"]
+    if kernel.shape[1] > kernel.shape[0]:
+        raise RecJaxError(
+            f"whitening takes at most {kernel.shape[0]} dimensions, but towers.dim={kernel.shape[1]}; set config.towers.item.whiten=False"
+        )
+    mean = table.mean(0, dtype=np.float64)
+    values, vectors = np.linalg.eigh(np.cov(table.astype(np.float64).T))
+    top = np.argsort(-values)[: kernel.shape[1]]
+    # eigh leaves the sign of a vector open; the largest entry is made positive, so that every machine starts alike.
+    vectors = vectors[:, top] * np.sign(vectors[np.abs(vectors[:, top]).argmax(0), top])
+    scale = np.maximum(values[top], 1e-12) ** -power
+    project = {"kernel": jnp.asarray(vectors * scale, jnp.float32), "bias": jnp.asarray(-(mean @ vectors) * scale, jnp.float32)}
+    return {**params, "project": project}

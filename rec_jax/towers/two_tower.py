@@ -1,0 +1,181 @@
+"""The item tower and the user tower as one pure function of a batch.
+
+Item tower: text -> FlaxBert -> pooled -> head (IDs and features join at the head's input). User tower: `history`, a causal
+transformer over item vectors, or `text`, the history written out and encoded by the same FlaxBert and head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rec_jax.towers import heads, history
+from rec_jax.towers.bert import BertSpec, unit_length
+from rec_jax.towers.bert import encode as encode_text
+from rec_jax.towers.bert import init as init_text
+from rec_jax.towers.pool import pool_segments
+from rec_jax.types import Array, Batch, Outputs, Params, RecJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowerSpec:
+    """Sizes and kinds of both towers.
+
+    Attributes:
+      dim: D of user and item vectors.
+      normalize: vectors of unit length.
+      text: the encoder; its weights are part of the parameters only if `encode`.
+      encode: texts go through the encoder in every step; else a table of text vectors stands in for it.
+      texts_per_row: K of packed rows.
+      head, hidden: kind and inner width of the item head.
+      user: "history" or "text".
+      history: the history tower, None for "text".
+    """
+
+    dim: int
+    normalize: bool
+    text: BertSpec
+    encode: bool
+    texts_per_row: int
+    head: str
+    hidden: int
+    user: str
+    history: history.HistorySpec | None
+
+
+def make_spec(towers: Any, text: BertSpec, *, texts_per_row: int) -> TwoTowerSpec:
+    """The spec that `config.towers` states; `text` is the encoder's own spec, with pooling, dtype, remat and dropout as the config says."""
+    t, u = towers.text, towers.user
+    text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, dropout=t.dropout, attention_dropout=t.dropout)
+    tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions) if u.kind == "history" else None
+    return TwoTowerSpec(
+        towers.dim, towers.normalize, text, t.source == "tokens", texts_per_row, towers.item.head, towers.item.hidden, u.kind, tower
+    )
+
+
+def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
+    """Fresh parameters {"item", "user"?, "text"?}.
+
+    Args:
+      key: typed key.
+      spec: kinds and sizes.
+      text_params: the encoder's pretrained weights; drawn at random if None and `spec.encode`.
+      table: text vectors of the catalogue [N, D_text], to start the head as their whitening; None = a random head.
+    """
+    item_key, user_key, text_key = jax.random.split(key, 3)
+    item = heads.init(item_key, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
+    params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table))}
+    if spec.history is not None:
+        params["user"] = history.init(user_key, spec.history)
+    if spec.encode:
+        params["text"] = init_text(text_key, spec.text) if text_params is None else text_params
+    return params
+
+
+def item_vectors(params: Params, spec: TwoTowerSpec, text: Array) -> jax.Array:
+    """Text vectors [..., D_text] -> item vectors [..., D]."""
+    out = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
+    return unit_length(out) if spec.normalize else out
+
+
+def packed_text_vectors(
+    text_params: Params, spec: BertSpec, tokens: Array, segment_ids: Array, *, texts_per_row: int, keys: jax.Array | None = None
+) -> jax.Array:
+    """Packed tokens [R, T], segment_ids [R, T] -> text vectors [R, K, D_text]."""
+    hidden = encode_text(text_params, spec, tokens, segment_ids, keys=keys)
+    pooled = pool_segments(hidden, jnp.asarray(segment_ids), segments=texts_per_row, kind=spec.pooling)
+    return unit_length(pooled) if spec.normalize else pooled
+
+
+def _lookup(vectors: jax.Array, places: jax.Array) -> jax.Array:
+    """Per shard: vectors [G, M, D], places [G, ...] -> [G, ..., D]; vmapped over G, so that it stays on its device. -1 gives row 0."""
+    return jax.vmap(lambda v, i: jnp.take(v, jnp.maximum(i, 0), axis=0))(vectors, places)
+
+
+def encode_batch(
+    params: Params, spec: TwoTowerSpec, batch: Batch, *, table: Array | None, catalogue: bool, keys: Mapping[str, jax.Array] | None
+) -> Outputs:
+    """A batch of G shards -> user [G, Q, D], item [G, M, D] and, if asked for, catalogue [N, D].
+
+    Args:
+      params: of `init`.
+      spec: kinds and sizes.
+      batch: see `types.Batch`.
+      table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`.
+      catalogue: also the vectors of all items, by the table.
+      keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) for dropout; None = no dropout.
+
+    Raises:
+      RecJaxError: a table is needed and absent.
+    """
+    if table is None and (catalogue or not spec.encode):
+        raise RecJaxError("vectors of the catalogue need a table of text vectors: towers.text.source='frozen', or batch candidates")
+    if spec.encode:
+        item = item_vectors(
+            params, spec, _lookup(_packed(params, spec, batch.item_tokens, batch.item_segments, _key(keys, "text")), batch.item_places)
+        )
+    else:
+        item = item_vectors(params, spec, jnp.take(jnp.asarray(table), jnp.maximum(batch.item_ids, 0), axis=0))
+    if spec.history is not None:
+        shards, rows, places = batch.history.shape
+        vectors = _lookup(item, batch.history).reshape(shards * rows, places, spec.dim)
+        segments = batch.history_segments.reshape(shards * rows, places)
+        user_keys = _key(keys, "user")
+        user = history.encode(params["user"], spec.history, vectors, segments, keys=None if user_keys is None else user_keys.reshape(-1))
+        user = user.reshape(shards, rows * places, spec.dim)
+        user = unit_length(user) if spec.normalize else user
+    else:
+        user = item_vectors(
+            params, spec, _lookup(_packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user")), batch.user_places)
+        )
+    return Outputs(user=user, item=item, catalogue=item_vectors(params, spec, table) if catalogue and table is not None else None)
+
+
+def _key(keys: Mapping[str, jax.Array] | None, name: str) -> jax.Array | None:
+    return None if keys is None else keys[name]
+
+
+def _packed(params: Params, spec: TwoTowerSpec, tokens: jax.Array, segments: jax.Array, keys: jax.Array | None) -> jax.Array:
+    """tokens [G, R, T] -> pooled vectors [G, R * K, D_text], all shards in one pass of the encoder."""
+    shards, rows, length = tokens.shape
+    flat = packed_text_vectors(
+        params["text"],
+        spec.text,
+        tokens.reshape(shards * rows, length),
+        segments.reshape(shards * rows, length),
+        texts_per_row=spec.texts_per_row,
+        keys=None if keys is None else keys.reshape(-1),
+    )
+    return flat.reshape(shards, rows * spec.texts_per_row, -1)
+
+
+def user_vectors(params: Params, spec: TwoTowerSpec, items: Array, histories: Array) -> jax.Array:
+    """Item vectors [N, D], histories [U, S] (oldest first, then -1) -> user vectors [U, D], at the last item of each history.
+
+    An empty history gives the vector of zeros: it prefers nothing.
+    """
+    if spec.history is None:
+        raise RecJaxError("a text user tower encodes written-out histories: use packed_text_vectors and item_vectors")
+    histories = jnp.asarray(histories)
+    vectors = jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0)
+    there = histories >= 0
+    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32))
+    last = jnp.maximum(there.sum(-1) - 1, 0)
+    user = jnp.take_along_axis(out, last[:, None, None], axis=1)[:, 0]
+    user = unit_length(user) if spec.normalize else user
+    return jnp.where(there.any(-1)[:, None], user, 0.0)
+
+
+def encode_blocks(text_params: Params, spec: BertSpec, blocks: Iterable[Any], n_texts: int) -> np.ndarray:
+    """Blocks of packed texts (tokens, segment_ids, texts, places, per_row) -> text vectors [N, D_text] float32, on the host."""
+    encode = jax.jit(packed_text_vectors, static_argnames=("spec", "texts_per_row"))
+    out = np.zeros((n_texts, spec.width), np.float32)
+    for block in blocks:
+        vectors = encode(text_params, spec, block.tokens, block.segment_ids, texts_per_row=block.per_row)
+        out[block.texts] = np.asarray(vectors).reshape(-1, spec.width)[block.places]
+    return out

@@ -1,0 +1,133 @@
+"""python -m rec_jax.train --config=configs/x.py[:preset] --workdir=DIR [--config.a.b=value ...]
+
+Prepares the data where needed, trains each stage, evaluates on the test split, prints the table and sample recommendations.
+The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from rec_jax import config as config_lib
+from rec_jax import mesh as mesh_lib
+from rec_jax.cli import main_of
+from rec_jax.data import text
+from rec_jax.data.prepare import Prepared, prepare
+from rec_jax.eval import final
+from rec_jax.eval import model as model_lib
+from rec_jax.serve.recommend import Recommender, as_text
+from rec_jax.train import loop, plan, stages
+from rec_jax.train.log import duration
+from rec_jax.types import Params, Ragged
+
+
+class _Clock:
+    """Says how long each part took, from the start of the run."""
+
+    def __init__(self, active: bool):
+        self._began, self._active = time.perf_counter(), active
+
+    def say(self, message: str) -> None:
+        if self._active:
+            print(message, flush=True)
+
+    def part(self, title: str, expected: float | None = None) -> None:
+        about = f" (about {duration(expected)})" if expected and expected >= 1 else ""
+        self.say(f"[{duration(time.perf_counter() - self._began):>12}] {title}{about}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the whole job -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rec_jax.train", description=__doc__)
+    parser.add_argument("--config", required=True, help="a Python file with get_config(arg), and a preset after a colon")
+    parser.add_argument("--workdir", required=True, help="a folder; the same one resumes")
+    args, overrides = config_lib.parse_args(parser, argv)
+    mesh_lib.start_processes()
+    config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
+    clock = _Clock(jax.process_index() == 0)
+    mesh = mesh_lib.make_mesh({a: config.mesh[a] for a in mesh_lib.AXES})
+    stages.keep_config(config, workdir)
+
+    clock.part("data")
+    prepared = prepare(config)
+    clock.say(f"  {prepared.n_users:,} users, {prepared.n_items:,} items, {prepared.meta['events']:,} events at {prepared.folder}")
+    tokens = text.catalogue_tokens(config, prepared)
+    bert = model_lib.load_encoder(config)
+    speed = plan.machine_speed()
+    clock.say(f"  {jax.device_count()} x {jax.devices()[0].device_kind}, {speed / 1e9:,.0f} GFLOP/s in a large fp32 matmul")
+
+    last: Params | None = None
+    for name in config.stages or ("",):
+        stage = config_lib.for_stage(config, name) if name else config
+        folder = workdir / name if name else workdir
+        last = _stage(stage, name, folder, prepared, tokens, bert, last, mesh, speed, clock)
+
+    if jax.process_index() == 0:
+        clock.part("test: the model and its baselines, every user against the whole catalogue")
+        final.run(workdir, say=clock.say)
+        _examples(config, workdir, clock)
+        clock.part("done")
+        curves = [str((workdir / name if name else workdir) / "metrics.jsonl") for name in config.stages or ("",)]
+        clock.say(f"  figures {workdir / 'eval' / 'test.json'}, curves {', '.join(curves)}")
+        clock.say(f'  recommend: python -m rec_jax.serve recommend --model={workdir} --history="TITLE" --k=10')
+    return 0
+
+
+def _stage(
+    config: Any,
+    name: str,
+    folder: epath.Path,
+    prepared: Prepared,
+    tokens: Ragged,
+    bert: Any,
+    last: Params | None,
+    mesh: jax.sharding.Mesh,
+    speed: float,
+    clock: _Clock,
+) -> Params:
+    """Trains one stage -> parameters of its best checkpoint."""
+    if name:
+        stages.keep_config(config, folder)
+    clock.part(
+        f"stage {name}: model" if name else "model", plan.text_flops(bert[1], int(tokens.lengths().sum()), train=False) / speed / plan.SHARE
+    )
+    model = model_lib.make_model(config, prepared, tokens, bert, clock.say)
+    batches = stages.make_batches(config, prepared, tokens, mesh)
+    task = stages.make_task(
+        config,
+        name,
+        folder,
+        prepared=prepared,
+        towers=model.spec,
+        table=model.table,
+        text_params=bert[0],
+        batches=batches,
+        last=last,
+        evaluate=model.validate,
+    )
+    catalogue = any(o.catalogue for o in task.spec.objectives)
+    flops = plan.step_flops(model.spec, batches.spec, n_items=prepared.n_items, catalogue=catalogue)
+    parameters = sum(int(np.size(x)) for x in jax.tree.leaves(task.params))
+    clock.part(f"training {name}: {task.loop.total} steps, {parameters:,} parameters", task.loop.total * flops / speed / plan.SHARE)
+    loop.train(task, mesh)
+    return model_lib.best_params(folder)[0]
+
+
+def _examples(config: Any, workdir: epath.Path, clock: _Clock) -> None:
+    if not config.eval.examples:
+        return
+    recommender = Recommender(model_lib.load(workdir, say=lambda _: None))
+    for history in config.eval.examples:
+        clock.say("\n" + as_text(history, recommender.recommend(history, k=10)))
+    clock.say("")
+
+
+if __name__ == "__main__":
+    main_of(main)

@@ -1,0 +1,261 @@
+"""The training loop of one stage: resume, steps, evaluation on a cadence, best and latest checkpoint, a clean stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from rec_jax import mesh as mesh_lib
+from rec_jax.checkpoint import Checkpoints
+from rec_jax.data.pipeline import Batches, prefetched
+from rec_jax.train import optimizer as optimizer_lib
+from rec_jax.train import state as state_lib
+from rec_jax.train.log import Display, MetricsLog, check_finite
+from rec_jax.train.step import Constants, StepSpec, make_train_step
+from rec_jax.types import RecJaxError
+
+Evaluate = Callable[[Any], dict[str, float]]  # params -> metrics of the validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSpec:
+    """Cadences in steps, and what decides the best checkpoint."""
+
+    total: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    monitor: str
+    patience: int
+    prefetch: int
+    seed: int
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers across a resume (beside state and iterator)."""
+
+    best: float | None = None
+    best_step: int | None = None
+    bad_evals: int = 0
+    stopped: bool = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything that a stage trains with.
+
+    Attributes:
+      name: of the stage, "" if there is only one.
+      folder: where checkpoints and metrics go.
+      spec, loop, optimizer: specs with durations in steps.
+      params: initial parameters (host or device arrays).
+      batches: the data of this process.
+      constants: host arrays.
+      rules: parameter name -> PartitionSpec.
+      evaluate: params -> metrics of the validation split.
+    """
+
+    name: str
+    folder: epath.Path
+    spec: StepSpec
+    loop: LoopSpec
+    optimizer: optimizer_lib.OptimizerSpec
+    params: Any
+    batches: Batches
+    constants: Constants
+    rules: mesh_lib.Rules
+    evaluate: Evaluate
+
+
+def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Shapes of the state and their shardings: optimizer state is sharded as the parameters whose names it repeats."""
+    tx = optimizer_lib.make_optimizer(task.optimizer)
+    shapes = jax.eval_shape(lambda p: state_lib.create(p, tx, seed=task.loop.seed), task.params)
+    params = mesh_lib.shardings(shapes.params, task.rules, mesh)
+    by_name = {mesh_lib.path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(params)}
+
+    def like_param(path: Any, leaf: Any) -> Any:
+        name = mesh_lib.path_name(path)
+        found = [s for n, s in by_name.items() if name.endswith("/" + n) and leaf.shape]
+        return found[0] if found else mesh_lib.replicated(mesh)
+
+    opt_state = jax.tree_util.tree_map_with_path(like_param, shapes.opt_state)
+    whole = mesh_lib.replicated(mesh)
+    return shapes, state_lib.TrainState(step=whole, params=params, opt_state=opt_state, rng=whole)
+
+
+def as_tree(state: state_lib.TrainState) -> dict[str, Any]:
+    """The state as the dict that checkpoints hold."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
+    """Trains to the end, or goes on from the latest checkpoint of the folder.
+
+    Returns:
+      Progress: with the best step; its checkpoint is on disk.
+
+    Raises:
+      RecJaxError: a loss that is not finite.
+      Interrupted: SIGINT or SIGTERM; the state was saved.
+    """
+    optimizer_lib.check_patterns(task.params, task.optimizer)
+    mesh_lib.check_shards(task.batches.spec.shards, mesh)
+    tx = optimizer_lib.make_optimizer(task.optimizer)
+    shapes, shardings = state_shardings(task, mesh)
+    checkpoints = Checkpoints(task.folder / "checkpoints")
+    try:
+        iterator = prefetched(task.batches, task.loop.prefetch)
+        progress, start = Progress(), checkpoints.latest_step() or 0
+        if start:
+            like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+            state = state_lib.TrainState(**checkpoints.restore(start, as_tree(like)))
+            place = checkpoints.place(start)
+            iterator.set_state(place["iterator"])  # type: ignore[attr-defined]
+            progress = Progress(**place["progress"])
+        else:
+            params = mesh_lib.put(task.params, shardings.params)
+            # A donated buffer must belong to the state alone, so the initial parameters are copied, not aliased.
+            create = jax.jit(lambda p: state_lib.create(jax.tree.map(jnp.copy, p), tx, seed=task.loop.seed), out_shardings=shardings)
+            state = create(params)
+        run = _Run(task, mesh, checkpoints, iterator, make_train_step(task.spec, tx, mesh, shardings), state, progress, start)
+        return run.to_the_end()
+    finally:
+        checkpoints.close()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it, SIGINT and SIGTERM only set a flag, which is asked for between steps."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    old = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+class _Run:
+    """The state of a running loop."""
+
+    def __init__(
+        self, task: Task, mesh: Any, checkpoints: Checkpoints, iterator: Any, step_fn: Any, state: Any, progress: Progress, start: int
+    ):
+        self.task, self.mesh, self.checkpoints, self.iterator = task, mesh, checkpoints, iterator
+        self.step_fn, self.state, self.progress, self.start = step_fn, state, progress, start
+        first = jax.process_index() == 0
+        self.log = MetricsLog(task.folder, stage=task.name, step=start, active=first)
+        self.display = Display(task.name or "training", start=start, total=task.loop.total, active=first)
+        self.learning_rate = optimizer_lib.schedule(task.optimizer)
+        self.pending: tuple[int, Any, Any] | None = None
+        self.sums: dict[str, list[float]] = {}
+        self.saved = start
+
+    def to_the_end(self) -> Progress:
+        loop = self.task.loop
+        constants = mesh_lib.put(self.task.constants, mesh_lib.replicated(self.mesh))
+        if self.start and not self._finished(self.start):
+            self.display.say(f"going on from step {self.start} of {self.task.folder}")
+        step = self.start
+        try:
+            with _stop_signals() as stop_asked:
+                while not self._finished(step):
+                    batch = next(self.iterator)
+                    examples = batch.examples
+                    arrays = mesh_lib.to_global(batch, self.mesh)
+                    with jax.transfer_guard("disallow"):
+                        self.state, metrics = self.step_fn(self.state, arrays, constants)
+                    self._collect()
+                    step += 1
+                    self.pending = (step, metrics, examples)
+                    if step % loop.log_every == 0 or step == loop.total:
+                        self._report(step)
+                    if step % loop.eval_every == 0 or step == loop.total:
+                        self._evaluate(step)
+                    if step % loop.checkpoint_every == 0 or self._finished(step):
+                        self._save(step)
+                    self.display.tick(step)
+                    if stop_asked() and not self._finished(step):
+                        self._collect()
+                        self._save(step)
+                        self.checkpoints.wait()
+                        self.display.close()
+                        raise Interrupted(f"stopped at step {step} of {loop.total}; the state is saved: the same command goes on from here")
+            self.checkpoints.wait()
+        finally:
+            self.display.close()
+            self.log.close()
+            self.iterator.close()
+        return self.progress
+
+    def _finished(self, step: int) -> bool:
+        return step >= self.task.loop.total or self.progress.stopped
+
+    def _collect(self) -> None:
+        """Fetches the metrics of the step before, which is done by now, and checks them."""
+        if self.pending is None:
+            return
+        step, metrics, examples = self.pending
+        self.pending = None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        again = f"To see it again: the same command goes on from step {self.saved}" if self.saved else "To see it again: the same command"
+        check_finite(step, values, examples, again)
+        for name, value in values.items():
+            self.sums.setdefault(f"train/{name}", []).append(value)
+
+    def _report(self, step: int) -> None:
+        self._collect()
+        means = {k: float(np.mean(v)) for k, v in self.sums.items()}
+        self.sums = {}
+        means["train/learning_rate"] = float(self.learning_rate(max(0, step - 1) // self.task.optimizer.accumulate))
+        self.log.write(step, means)
+        self.display.train(step, means)
+
+    def _evaluate(self, step: int) -> None:
+        self._collect()
+        began, loop, progress = time.perf_counter(), self.task.loop, self.progress
+        metrics = self.task.evaluate(self.state.params)
+        if loop.monitor not in metrics:
+            raise RecJaxError(f"config.train.monitor={loop.monitor!r} is not measured; there are {', '.join(sorted(metrics))}")
+        value = metrics[loop.monitor]
+        better = progress.best is None or value > progress.best
+        if better:
+            progress.best, progress.best_step, progress.bad_evals = value, step, 0
+        else:
+            progress.bad_evals += 1
+            progress.stopped = bool(loop.patience) and progress.bad_evals >= loop.patience
+        self.log.write(step, metrics)
+        seconds = time.perf_counter() - began
+        self.display.pause(seconds)
+        note = "best so far" if better else f"best {progress.best:.4f} at step {progress.best_step}"
+        end = f"; stopping: {loop.patience} evaluations without improvement" if progress.stopped else ""
+        self.display.say(f"  step {step}: {loop.monitor} {value:.4f} ({note}; {seconds:.1f} s){end}")
+        if better:
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        if self.saved == step:
+            return
+        self._collect()
+        place = {"iterator": mesh_lib.gather_places(self.iterator.get_state()), "progress": dataclasses.asdict(self.progress)}
+        self.checkpoints.save(step, as_tree(self.state), place, best=self.progress.best_step)
+        self.saved = step

@@ -1,0 +1,90 @@
+"""AdamW with warm-up and cosine; decay, freezing and learning-rate factors by regex on parameter names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from rec_jax.mesh import path_name
+from rec_jax.types import RecJaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+    """`config.optimizer` with durations in steps."""
+
+    learning_rate: float
+    schedule: str
+    warmup: int
+    total: int
+    final: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    no_decay: tuple[str, ...]
+    freeze: tuple[str, ...]
+    scale: tuple[tuple[str, float], ...]
+    clip: float
+    accumulate: int
+
+
+def schedule(spec: OptimizerSpec) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, then cosine to `final` of the peak, or constant."""
+    updates, warmup = max(1, spec.total // spec.accumulate), spec.warmup // spec.accumulate
+    if spec.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0 if warmup else spec.learning_rate, spec.learning_rate, warmup)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else spec.learning_rate, spec.learning_rate, warmup, max(updates, warmup + 1), spec.learning_rate * spec.final
+    )
+
+
+def _matches(tree: Any, patterns: Sequence[str]) -> Any:
+    compiled = [re.compile(p) for p in patterns]
+    return jax.tree_util.tree_map_with_path(lambda path, _: any(p.fullmatch(path_name(path)) for p in compiled), tree)
+
+
+def check_patterns(params: Any, spec: OptimizerSpec) -> None:
+    """Raises RecJaxError for a pattern of `freeze` or `scale` that matches no parameter: most likely a spelling mistake."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for key, patterns in (("freeze", spec.freeze), ("scale", [p for p, _ in spec.scale])):
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise RecJaxError(f"config.optimizer.{key}: {pattern!r} matches no parameter; there are, e.g., {', '.join(names[:6])}")
+
+
+def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
+    """The optimizer; frozen parameters have no optimizer state and take no part in the clipped norm."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+
+        def factor(path: Any, update: jax.Array) -> jax.Array:
+            for pattern, value in spec.scale:
+                if re.fullmatch(pattern, path_name(path)):
+                    return update * value
+            return update
+
+        return jax.tree_util.tree_map_with_path(factor, updates)
+
+    parts = [optax.clip_by_global_norm(spec.clip)] if spec.clip else []
+    parts += [
+        optax.scale_by_adam(b1=spec.beta1, b2=spec.beta2),
+        optax.add_decayed_weights(spec.weight_decay, mask=lambda p: jax.tree.map(lambda no: not no, _matches(p, spec.no_decay))),
+        optax.stateless(scale),
+        optax.scale_by_learning_rate(schedule(spec)),
+    ]
+    optimizer: optax.GradientTransformation = optax.chain(*parts)
+    if spec.freeze:
+
+        def labels(params: Any) -> Any:
+            return jax.tree.map(lambda frozen: "freeze" if frozen else "train", _matches(params, spec.freeze))
+
+        optimizer = optax.multi_transform({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
+    if spec.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, spec.accumulate).gradient_transformation()
+    return optimizer

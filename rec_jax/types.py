@@ -1,0 +1,129 @@
+"""The shapes that rooms hand to each other, and the axis letters of every docstring.
+
+Axis letters: G shards of a batch, B examples, M unique items of a shard, R packed rows, T tokens a row, K texts a row,
+H packed history rows, S places of a history row, Q user vectors (queries) of a shard, N candidates or catalogue items,
+D vector width, U users, P devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = Mapping[str, Any]
+
+
+class RecJaxError(ValueError):
+    """Bad input: the message names the value, the place and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths, end to end: row i is ``flat[offsets[i]:offsets[i + 1]]``; offsets [rows + 1] int64."""
+
+    flat: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row = row % len(self)
+        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+
+    def lengths(self) -> np.ndarray:
+        """Length of each row -> [rows] int64."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def from_rows(cls, rows: list[Any], dtype: Any = np.int32) -> Ragged:
+        """Builds it from a list of sequences."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(r) for r in rows], out=offsets[1:])
+        flat = np.concatenate([np.asarray(r, dtype) for r in rows]) if rows else np.zeros(0, dtype)
+        return cls(flat.astype(dtype, copy=False), offsets)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """Who is ranked and against what.
+
+    Attributes:
+      users: [U], rows of the users table.
+      history, targets: of each user, catalogue indices, oldest first.
+      n_items: N, all of which are ranked.
+    """
+
+    users: np.ndarray
+    history: Ragged
+    targets: Ragged
+    n_items: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Batch:
+    """One step's input. Every array has the leading shard axis G; an absent part is None.
+
+    Indices named *local* point into the same shard's M unique items, so that a look-up never leaves the device.
+
+    Attributes:
+      item_ids: [G, M] int32, catalogue index of each unique item of the shard; -1 is an empty place.
+      item_tokens: [G, R, T] int32, the items' texts packed into rows; None where item vectors come from a table.
+      item_segments: [G, R, T] int32, 1..K within a row, 0 is padding.
+      item_places: [G, M] int32, where the item's pooled vector stands in the flattened [R * K].
+      history: [G, H, S] int32 local, packed histories, -1 is padding; None with a text user tower.
+      history_segments: [G, H, S] int32, 1.. within a row, 0 is padding.
+      user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
+      user_segments: [G, R, T] int32.
+      user_places: [G, Q] int32, where each query's pooled vector stands in the flattened [R * K].
+      targets: [G, Q] int32 local, the item that follows each query (Q = H * S for a history tower), -1 is none.
+      weights: [G, Q] float32, weight of each query in the loss; 0 for padding.
+      examples: [G, E] int32, row of the users table behind each example, -1 is empty; for messages only.
+    """
+
+    item_ids: Any
+    targets: Any
+    weights: Any
+    examples: Any
+    item_tokens: Any = None
+    item_segments: Any = None
+    item_places: Any = None
+    history: Any = None
+    history_segments: Any = None
+    user_tokens: Any = None
+    user_segments: Any = None
+    user_places: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Outputs:
+    """What the towers made of a batch: user [G, Q, D], item [G, M, D], and catalogue [N, D] where an objective ranks all of it."""
+
+    user: Any
+    item: Any
+    catalogue: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Context:
+    """What an objective may use beside the batch.
+
+    Attributes:
+      scalars: learned scalars by name, e.g. ``log_temperature``; empty where nothing is learned.
+      log_q: [N] float32, log sampling frequency of each catalogue item in the training targets.
+      rng: the step's key for this objective.
+    """
+
+    scalars: Any
+    log_q: Any
+    rng: Any

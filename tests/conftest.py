@@ -1,0 +1,58 @@
+"""What holds for every test: eight simulated CPU devices, no network, a cache of its own. Set before anything imports jax."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a fork would deadlock
+
+_cache = ""  # this session's $REC_JAX_CACHE, where this process made it
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update_goldens", action="store_true", help="write golden texts anew instead of comparing; read the diff")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for the session: pytest-xdist's workers inherit it, and share what is prepared in it."""
+    global _cache
+    if not hasattr(config, "workerinput"):
+        _cache = os.environ["REC_JAX_CACHE"] = tempfile.mkdtemp(prefix="rec_jax_test_cache_")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _cache:
+        shutil.rmtree(_cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets, named by $REC_JAX_DATA; without it the test is skipped."""
+    place = os.environ.get("REC_JAX_DATA", "")
+    if not place:
+        pytest.skip("REC_JAX_DATA is not set: it names the folder of real data sets (ml-1m, amazon-beauty, ...)")
+    if not Path(place).is_dir():
+        pytest.fail(f"REC_JAX_DATA={place} is no folder")
+    return Path(place)
+
+
+@pytest.fixture
+def update_goldens(request: pytest.FixtureRequest) -> bool:
+    """True where golden texts are to be written anew (--update_goldens)."""
+    return bool(request.config.getoption("--update_goldens"))

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rec_jax import mesh
+from rec_jax.types import RecJaxError
+
+
+def test_sizes():
+    assert dict(mesh.make_mesh({"data": -1}).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.make_mesh({"data": 2, "fsdp": -1, "tensor": 2}).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "does not divide 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one axis is -1"),
+        ({"data": 0}, "does not divide"),
+        ({"data": 4}, "makes 4 devices, there are 8"),
+        ({"model": 2}, "no axis 'model'; axes are data, fsdp, tensor"),
+    ],
+)
+def test_bad_sizes(sizes, message):
+    with pytest.raises(RecJaxError, match=message):
+        mesh.make_mesh(sizes)
+
+
+def test_first_rule_wins_and_scalars_are_whole():
+    m = mesh.make_mesh({"data": 2, "fsdp": 4})
+    tree = {"a": {"kernel": jnp.zeros((8, 3)), "bias": jnp.zeros(3)}, "t": jnp.zeros(())}
+    out = mesh.shardings(tree, [("a/kernel", ("fsdp",)), ("a/.*", ()), ("never", ("tensor",))], m)
+    assert out["a"]["kernel"].spec == P("fsdp")
+    assert out["a"]["bias"].spec == out["t"].spec == P()
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("b.*", ())], r"no rule of config.mesh.rules matches a/kernel \(6, 3\)"),
+        ([(".*", ("model",))], "names the axis 'model'; the mesh has data, fsdp, tensor"),
+        ([(".*", (None, None, "data"))], "more axes than the array"),
+        ([(".*", ("fsdp",))], "does not divide into 4 parts"),
+    ],
+)
+def test_bad_rules(rules, message):
+    with pytest.raises(RecJaxError, match=message):
+        mesh.shardings({"a": {"kernel": jnp.zeros((6, 3))}}, rules, mesh.make_mesh({"data": 2, "fsdp": 4}))
+
+
+def test_batches_lie_over_data_and_fsdp():
+    m = mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    x = mesh.to_global({"x": np.arange(16).reshape(8, 2)}, m)["x"]
+    assert x.sharding.spec == P(("data", "fsdp"))
+    assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(x, np.arange(16).reshape(8, 2))
+    assert mesh.local_shards(8, m) == range(8)
+
+
+def test_shards_must_divide():
+    with pytest.raises(RecJaxError, match="batch.shards=6 does not divide over 8 devices"):
+        mesh.check_shards(6, mesh.make_mesh({"data": 8}))
+
+
+def test_processes_need_all_three_variables(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(RecJaxError, match="only JAX_NUM_PROCESSES set"):
+        mesh.start_processes()
+
+
+def test_one_process_alone(monkeypatch):
+    mesh.barrier("alone", 1)
+    assert mesh.gather_places({"shards": {"0": 1}}) == {"shards": {"0": 1}}
+    assert jax.process_count() == 1

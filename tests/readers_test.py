@@ -1,0 +1,492 @@
+"""Readers: a small file of each format, its layouts, encodings and archives; each kind of bad input; the real folders' counts."""
+
+import gzip
+import json
+import zipfile
+
+import polars as pl
+import pytest
+
+from rec_jax import config as config_lib
+from rec_jax.data import readers, tables
+from rec_jax.data.readers import files
+from rec_jax.data.readers.movielens import split_title
+from rec_jax.types import RecJaxError
+
+
+def data(reader, path, items="", columns=None, **on_bad):
+    """`config.data` of a reader."""
+    c = config_lib.defaults().data
+    c.reader, c.path = reader, str(path)
+    c["items"] = str(items)
+    c.columns.update(columns or {})
+    c.on_bad.update(on_bad)
+    return c
+
+
+def write(path, text, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = text.encode(encoding) if isinstance(text, str) else text
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def rows(frame, *columns):
+    return frame.select(columns).rows()
+
+
+# MovieLens
+
+FLAGS = "|".join("1" if i in (1, 5) else "0" for i in range(19))
+UNKNOWN = "|".join("1" if i == 0 else "0" for i in range(19))
+LAYOUTS = {
+    "100k": {
+        "u.data": "1\t10\t4\t100\n2\t20\t5\t50\n1\t20\t3\t90\n",
+        "u.item": f"10|Misérables, Les (1995)|01-Jan-1995||http://x|{FLAGS}\n20|unknown||||{UNKNOWN}\n",
+        "u.user": "2|53|F|other|94043\n1|24|M|technician|85711\n",
+    },
+    "1m": {
+        "ratings.dat": "1::10::4::100\n2::20::5::50\n1::20::3::90\n",
+        "movies.dat": "10::Misérables, Les (1995)::Action|Comedy\n20::unknown::unknown\n",
+        "users.dat": "2::F::53::3::94043\n1::M::24::4::85711\n",
+    },
+    "csv": {
+        "ratings.csv": "userId,movieId,rating,timestamp\r\n1,10,4.0,100\r\n2,20,5.0,50\r\n1,20,3.0,90\r\n",
+        "movies.csv": 'movieId,title,genres\r\n10,"Misérables, Les (1995)",Action|Comedy\r\n20,unknown,(no genres listed)\r\n',
+    },
+}
+
+
+def encode(layout, text):
+    return text.encode("utf-8" if layout == "csv" else "latin-1")
+
+
+@pytest.mark.parametrize("pack", ["folder", "gz", "zip", "converted to utf-8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_movielens_layouts(tmp_path, layout, pack):
+    place = tmp_path / "ml"
+    for name, text in LAYOUTS[layout].items():
+        raw = text.encode() if pack == "converted to utf-8" else encode(layout, text)
+        write(place / (name + ".gz" if pack == "gz" else name), raw)
+    if pack == "zip":
+        with zipfile.ZipFile(tmp_path / "ml.zip", "w") as z:
+            for name in LAYOUTS[layout]:
+                z.write(place / name, f"ml-1m/{name}")
+                z.writestr(f"__MACOSX/ml-1m/{name}", b"\0")
+        place = tmp_path / "ml.zip"
+    out = readers.read(data("movielens", place))
+    genres = "Action, Comedy"
+    assert rows(out.items, "item", "name", "title", "year", "genres") == [
+        (10, "Misérables, Les (1995)", "Les Misérables", "1995", genres),
+        (20, "unknown", "unknown", "", ""),
+    ]
+    assert rows(out.events, "user", "item", "time", "rating") == [(1, 10, 100, 4.0), (2, 20, 50, 5.0), (1, 20, 90, 3.0)]
+    if layout == "csv":
+        assert out.users["user"].to_list() == [1, 2]
+    else:
+        assert rows(out.users, "user", "gender", "age") == [(2, "F", 53), (1, "M", 24)]
+    assert out.event_place(2).endswith(":4" if layout == "csv" else ":3")
+    assert out.report.counts == {}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("Toy Story (1995)", ("Toy Story", "1995")),
+        ("American President, The (1995)", ("The American President", "1995")),
+        (
+            "City of Lost Children, The (Cité des enfants perdus, La) (1995)",
+            ("The City of Lost Children (La Cité des enfants perdus)", "1995"),
+        ),
+        ("Avventura, L' (Adventure, The) (1960)", ("L'Avventura (The Adventure)", "1960")),
+        ("Cry, the Beloved Country (1995)", ("Cry, the Beloved Country", "1995")),
+        ("Assembly (Ji jie hao) (2007) ", ("Assembly (Ji jie hao)", "2007")),
+        ("Fawlty Towers (1975-1979)", ("Fawlty Towers", "1975")),
+        ("Babylon 5", ("Babylon 5", "")),
+        ("2001: A Space Odyssey", ("2001: A Space Odyssey", "")),
+        ("", ("", "")),
+    ],
+)
+def test_movielens_titles(raw, expected):
+    assert split_title(raw) == expected
+
+
+def test_movielens_unknown_layout(tmp_path):
+    write(tmp_path / "ratings.csv", "x")
+    with pytest.raises(RecJaxError, match=r"no MovieLens layout.*ratings\.csv and movies\.csv; found ratings\.csv"):
+        readers.read(data("movielens", tmp_path))
+
+
+# The other formats
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zip"])
+def test_sequences(tmp_path, ending):
+    text = "ann a b c\n\nbob b\nann d\neve\n"
+    path = write(tmp_path / f"s.txt{ending}", text) if ending != ".zip" else tmp_path / "s.zip"
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("s.txt", text)
+    items = write(tmp_path / "i.tsv", 'item_id\ttitle\tbrand\nd\tDé "quoted"\t\na\tA\tX\nb\tB\t\nc\tC\t\n')
+    out = readers.read(data("sequences", path, items))
+    assert rows(out.events, "user", "item", "time") == [("ann", "a", 0), ("ann", "b", 1), ("ann", "c", 2), ("bob", "b", 0), ("ann", "d", 3)]
+    assert out.users["user"].to_list() == ["ann", "bob", "eve"]
+    assert not out.clock
+    assert rows(out.items, "item", "title", "name", "brand")[0] == ("d", 'Dé "quoted"', 'Dé "quoted"', "")
+    assert [out.event_place(i).rpartition(":")[2] for i in range(5)] == ["1", "1", "1", "3", "4"]
+    alone = readers.read(data("sequences", path))
+    assert rows(alone.items, "item", "title", "name") == [(c, c, c) for c in "abcd"]
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "prefix"])
+def test_recbole(tmp_path, where):
+    inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\ti1\t4.0\t10.0\nu2\ti2\t2.5\t20\n"
+    write(tmp_path / "ml.inter", inter)
+    write(tmp_path / "ml.user", "user_id:token\tage:token\nu2\t30\n")
+    write(tmp_path / "ml.item.gz", "item_id:token\tmovie_title:token_seq\tclass:token_seq\ni1\tToy Story\tAnimation Comedy\ni2\tHeat\t\n")
+    out = readers.read(data("recbole", {"folder": tmp_path, "file": tmp_path / "ml.inter", "prefix": tmp_path / "ml"}[where]))
+    assert rows(out.events, "user", "item", "time", "rating") == [("u1", "i1", 10, 4.0), ("u2", "i2", 20, 2.5)]
+    assert rows(out.items, "item", "title", "genres", "name") == [
+        ("i1", "Toy Story", "Animation, Comedy", "Toy Story"),
+        ("i2", "Heat", "", "Heat"),
+    ]
+    assert rows(out.users, "user", "age") == [("u2", "30"), ("u1", None)]
+
+
+def test_recbole_without_ratings_and_several_files(tmp_path):
+    write(tmp_path / "a.inter", "user_id:token\titem_id:token\nu\ti\nu\tj\n")
+    out = readers.read(data("recbole", tmp_path))
+    assert rows(out.events, "user", "item", "time", "rating") == [("u", "i", 0, 1.0), ("u", "j", 1, 1.0)]
+    assert not out.clock
+    write(tmp_path / "b.inter", "user_id:token\titem_id:token\n")
+    with pytest.raises(RecJaxError, match=r"several \.inter files \(a\.inter, b\.inter\)"):
+        readers.read(data("recbole", tmp_path))
+    with pytest.raises(RecJaxError, match=r"b\.inter:1.*column:type.*found user, item"):
+        readers.read(data("recbole", write(tmp_path / "b.inter", "user\titem\n")))
+
+
+REVIEWS = {
+    "2018": (
+        [
+            {"reviewerID": "A", "asin": "P1", "overall": 5.0, "unixReviewTime": 100},
+            {"reviewerID": "B", "asin": "P2", "overall": 1, "unixReviewTime": 7},
+        ],
+        {
+            "asin": "P1", "title": "Salt &amp; Pepper", "brand": "Acme", "category": ["Food", "Spices"],
+            "description": ["<b>Fine</b>", "salt."],
+        },
+    ),
+    "2023": (
+        [
+            {"user_id": "A", "parent_asin": "P1", "rating": 5.0, "timestamp": 100999},
+            {"user_id": "B", "parent_asin": "P2", "rating": 1, "timestamp": 7000},
+        ],
+        {
+            "parent_asin": "P1", "title": "Salt & Pepper", "store": "Acme", "categories": ["Food", "Spices"],
+            "description": ["Fine"], "features": ["salt."],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", REVIEWS)
+def test_amazon(tmp_path, release):
+    reviews, product = REVIEWS[release]
+    key = next(k for k in product if k.endswith("asin"))
+    meta = [product, {key: "P9", "title": "never bought"}, {key: "P2", "title": "Two", "description": None}]
+    path = write(tmp_path / "r.json.gz", "".join(json.dumps(r) + "\n" for r in reviews))
+    items = write(tmp_path / "m.jsonl", "".join(json.dumps(m) + "\n" for m in meta))
+    out = readers.read(data("amazon", path, items))
+    assert rows(out.events, "user", "item", "time", "rating") == [("A", "P1", 100, 5.0), ("B", "P2", 7, 1.0)]
+    assert rows(out.items, "item", "title", "brand", "categories", "description") == [
+        ("P1", "Salt & Pepper", "Acme", "Food, Spices", "Fine salt."),
+        ("P2", "Two", "", "", ""),
+    ]
+    assert out.item_place(1).endswith("m.jsonl:3")
+    assert readers.read(data("amazon", path)).items["title"].to_list() == ["P1", "P2"]
+
+
+BEHAVIORS = [
+    "1\tU1\t11/15/2019 1:00:05 PM\tN1 N2\tN3-0 N4-1",
+    "2\tU2\t11/15/2019 1:00:00 PM\t\tN1-1 N2-0",
+    "3\tU1\t11/15/2019 12:00:00 PM\tN1 N2\tN5-1 N3-1",
+]
+NEWS = "".join(f"N{i}\tnews\tworld\tTitle {i}\t\thttp://x\t[]\t[]\n" for i in range(1, 6))
+
+
+@pytest.mark.parametrize("pack", ["folder", "zip"])
+def test_mind(tmp_path, pack):
+    place = tmp_path / "mind"
+    write(place / "behaviors.tsv", "\n".join(BEHAVIORS) + "\n")
+    write(place / "news.tsv", NEWS)
+    if pack == "zip":
+        with zipfile.ZipFile(tmp_path / "m.zip", "w") as z:
+            for name in ("behaviors.tsv", "news.tsv"):
+                z.write(place / name, name)
+        place = tmp_path / "m.zip"
+    out = readers.read(data("mind", place))
+    noon = 1573819200
+    u1 = out.events.filter(pl.col("user") == "U1").sort("time", maintain_order=True)
+    assert rows(u1, "item", "time") == [("N1", noon - 2), ("N2", noon - 1), ("N5", noon), ("N3", noon), ("N4", noon + 3605)]
+    assert rows(out.events.filter(pl.col("user") == "U2"), "item", "time") == [("N1", noon + 3600)]
+    assert out.users["user"].to_list() == ["U1", "U2"]
+    assert rows(out.items, "item", "title", "categories", "abstract")[0] == ("N1", "Title 1", "news, world", "")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder", "csv", "csv.gz", "tsv"])
+def test_table(tmp_path, kind):
+    frame = pl.DataFrame({"u": [7, 8], "thing": [1, 2], "at": [100, 50], "stars": [4.5, 2.0], "more": ["x", "y"]})
+    path = tmp_path / f"t.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        frame[:1].write_parquet(path / "part-0.parquet")
+        frame[1:].write_parquet(path / "part-1.parquet")
+    elif kind == "parquet":
+        frame.write_parquet(path)
+    else:
+        write(path, frame.write_csv(separator="\t" if kind == "tsv" else ","))
+    columns = {"user": "u", "item": "thing", "time": "at", "rating": "stars"}
+    items = write(tmp_path / "i.csv", 'thing,title\n2,"two, or\nthree"\n1,one\n')
+    out = readers.read(data("table", path, items, columns))
+    ids = [(7, 1), (8, 2)] if kind in ("parquet", "folder") else [("7", "1"), ("8", "2")]
+    assert rows(out.events, "user", "item") == ids
+    assert rows(out.events, "time", "rating") == [(100, 4.5), (50, 2.0)]
+    assert out.items["item"].to_list() == [ids[1][1], ids[0][1]]
+    assert out.items["title"].to_list() == ["two, or\nthree", "one"]
+    assert out.clock
+    assert out.item_place(1).endswith("i.csv:4")
+    plain = readers.read(data("table", path, "", {"user": "u", "item": "thing"}))
+    assert rows(plain.events, "time", "rating") == [(0, 1.0), (1, 1.0)]
+    assert not plain.clock
+
+
+def test_table_dates(tmp_path):
+    path = write(tmp_path / "t.csv", "user,item,when\na,x,1970-01-02 00:00:01\nb,y,1970-01-03 00:00:00\n")
+    assert readers.read(data("table", path, "", {"time": "when"})).events["time"].to_list() == [86401, 172800]
+    frame = pl.read_csv(path, try_parse_dates=True)
+    frame.write_parquet(tmp_path / "t.parquet")
+    assert readers.read(data("table", tmp_path / "t.parquet", "", {"time": "when"})).events["time"].to_list() == [86401, 172800]
+
+
+def test_table_items_parquet_lists(tmp_path):
+    pl.DataFrame({"user": ["a"], "item": ["x"]}).write_parquet(tmp_path / "e.parquet")
+    pl.DataFrame({"item_id": ["x"], "title": ["X"], "genres": [["A", "B"]], "year": [1999]}).write_parquet(tmp_path / "i.parquet")
+    out = readers.read(data("table", tmp_path / "e.parquet", tmp_path / "i.parquet"))
+    assert rows(out.items, "item", "title", "genres", "year") == [("x", "X", "A, B", "1999")]
+
+
+# Bad input: an error names place, value and fix; a skip is counted with the place
+
+
+CSV_HEADER = "userId,movieId,rating,timestamp\n"
+BAD_FILES = {
+    "csv, few fields": ("ratings.csv", CSV_HEADER + "1,10,4.0,100\n2,20\n1,20,3.0,90\n", ":3", "2 fields, expected 4"),
+    "csv, many fields": ("ratings.csv", CSV_HEADER + "1,10,4.0,100\n2,20,5,50,9\n1,20,3,90\n", ":3", "5 fields, expected 4"),
+    "csv, no number": ("ratings.csv", CSV_HEADER + "1,10,4.0,100\n1,20,3,90\n2,20,five,50\n", ":4", "column rating is 'five'"),
+    "csv, not finite": ("ratings.csv", CSV_HEADER + "1,10,4.0,100\n1,20,3,90\n2,20,nan,50\n", ":4", "column rating is 'nan'"),
+    "csv, too big": ("ratings.csv", CSV_HEADER + "1,10,4.0,100\n9999999999,20,3,9\n1,20,3,90\n", ":3", "column userId is '9999999999'"),
+    "csv, empty field": ("ratings.csv", CSV_HEADER + "1,10,4.0,100\n2,,5.0,50\n1,20,3,90\n", ":3", "column movieId is ''"),
+    "dat, few fields": ("ratings.dat", "1::10::4::100\n1::20::3::90\n2::20::5\n", ":3", "3 fields, expected 4"),
+    "tab, no number": ("u.data", "1\t10\t4\t100\n\nx\t20\t5\t50\n1\t20\t3\t90\n", ":3", "column user is 'x'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_row_movielens(tmp_path, case):
+    name, text, line, detail = BAD_FILES[case]
+    layout = next(k for k, v in LAYOUTS.items() if name in v)
+    for other, good in LAYOUTS[layout].items():
+        write(tmp_path / other, encode(layout, good))
+    write(tmp_path / name, text)
+    with pytest.raises(RecJaxError) as error:
+        readers.read(data("movielens", tmp_path))
+    assert f"{name}{line}: {detail}" in str(error.value)
+    assert "config.data.on_bad.bad_row='skip'" in str(error.value)
+    out = readers.read(data("movielens", tmp_path, bad_row="skip"))
+    assert rows(out.events, "user", "item", "time") == [(1, 10, 100), (1, 20, 90)]
+    assert out.report.counts == {"bad_row": 1}
+    assert f"{name}{line}: {detail}" in out.report.examples["bad_row"][0]
+    last = text.rstrip("\n").count("\n") + (0 if line == f":{text.count(chr(10))}" else 1)
+    assert out.event_place(1) == f"{tmp_path / name}:{last}"  # places stay exact after skipped and blank lines
+
+
+def check_bad(make, kind, place, detail):
+    """`make(**on_bad)` raises naming place and detail; with "skip" it is counted. Returns the tables."""
+    with pytest.raises(RecJaxError) as error:
+        make()
+    assert place in str(error.value)
+    assert detail in str(error.value)
+    assert f"config.data.on_bad.{kind}='skip'" in str(error.value)
+    out = make(**{kind: "skip"})
+    assert out.report.counts[kind] == 1
+    assert place in out.report.examples[kind][0]
+    assert detail in out.report.examples[kind][0]
+    return out
+
+
+def test_bad_row_other_readers(tmp_path):
+    items = write(tmp_path / "i.tsv", "item_id\ttitle\na\tA\nb\nc\tC\n")
+    path = write(tmp_path / "s.txt", "u a c\n")
+    out = check_bad(lambda **p: readers.read(data("sequences", path, items, **p)), "bad_row", "i.tsv:3", "1 fields, expected 2")
+    assert out.items["item"].to_list() == ["a", "c"]
+    assert out.item_place(1).endswith(":4")
+
+    inter = write(tmp_path / "x.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\nu\tj\tsoon\n")
+    check_bad(lambda **p: readers.read(data("recbole", inter, **p)), "bad_row", "x.inter:3", "'soon', expected a number")
+
+    good = json.dumps(REVIEWS["2018"][0][0]) + "\n"
+    for wrong, detail in (
+        ('{"reviewerID": "A", "asin"', "no JSON"),
+        ("[1]", "expected an object"),
+        ('{"reviewerID": "A", "asin": "P", "overall": "5", "unixReviewTime": 1}', "field overall is '5', expected a number"),
+        ('{"user_id": "A", "rating": 5, "timestamp": 1}', "field parent_asin is None, expected text"),
+    ):
+        path = write(tmp_path / "r.json", good + wrong + "\n")
+        check_bad(lambda path=path, **p: readers.read(data("amazon", path, **p)), "bad_row", "r.json:2", detail)
+    meta = write(tmp_path / "m.json", '{"asin": "P1", "title": "T"}\n{"title": "T"}\n')
+    path = write(tmp_path / "r.json", good)
+    check_bad(lambda **p: readers.read(data("amazon", path, meta, **p)), "bad_row", "m.json:2", "no field parent_asin or asin")
+
+    write(tmp_path / "mind" / "news.tsv", NEWS)
+    for wrong, detail in (
+        ("4\tU1\t2019-11-15\t\tN1-1", "column time is '2019-11-15'"),
+        ("4\tU1\t11/15/2019 1:00:00 PM\t\tN1 N2", "column impressions is 'N1 N2'"),
+        ("4\tU1\t11/15/2019 1:00:00 PM", "3 fields, expected 5"),
+    ):
+        write(tmp_path / "mind" / "behaviors.tsv", "\n".join([*BEHAVIORS, wrong]) + "\n")
+        out = check_bad(lambda **p: readers.read(data("mind", tmp_path / "mind", **p)), "bad_row", "behaviors.tsv:4", detail)
+        assert out.events.height == 6
+
+    columns = {"time": "t", "rating": "r"}
+    for wrong, detail in (("b,y,soon,1", "time='soon'"), ("b,y,3,inf", "column r is 'inf'"), (",y,3,1", "column user is ''")):
+        path = write(tmp_path / "t.csv", f"user,item,t,r\na,x,1,1\n{wrong}\nc,z,2.5,1\n")
+        out = check_bad(lambda path=path, **p: readers.read(data("table", path, "", columns, **p)), "bad_row", "t.csv:3", detail)
+        assert rows(out.events, "user", "time") == [("a", 1), ("c", 2)]
+        assert out.event_place(1).endswith(":4")
+    pl.DataFrame({"user": [1, None, 3], "item": [1, 2, 3]}).write_parquet(tmp_path / "t.parquet")
+    out = check_bad(lambda **p: readers.read(data("table", tmp_path / "t.parquet", **p)), "bad_row", "t.parquet: row 2", "user=None")
+    assert out.event_place(1).endswith("row 3")
+
+
+def test_bad_encoding(tmp_path):
+    items = write(tmp_path / "i.tsv", b"item_id\ttitle\na\tA\nb\tCaf\xe9\n")
+    path = write(tmp_path / "s.txt", "u a\n")
+    out = check_bad(lambda **p: readers.read(data("sequences", path, items, **p)), "bad_encoding", "i.tsv:3", r"b'Caf\xe9' is not UTF-8")
+    assert out.items["item"].to_list() == ["a"]
+    broken = write(tmp_path / "b.txt", b"u a\nv \xff\n")
+    check_bad(lambda **p: readers.read(data("sequences", broken, **p)), "bad_encoding", "b.txt:2", r"\xff")
+    broken = write(tmp_path / "t.csv", b"user,item\nu,a\nv,\xff\n")
+    check_bad(lambda **p: readers.read(data("table", broken, **p)), "bad_encoding", "t.csv:3", r"b'\xff' is not UTF-8")
+    broken = write(tmp_path / "r.json", json.dumps(REVIEWS["2018"][0][0]).encode() + b'\n{"reviewerID": "\xff"}\n')
+    check_bad(lambda **p: readers.read(data("amazon", broken, **p)), "bad_encoding", "r.json:2", r"\xff")
+
+
+def test_duplicate_item(tmp_path):
+    items = write(tmp_path / "i.tsv", "item_id\ttitle\na\tA\nb\tB\na\tAgain\nc\tC\n")
+    path = write(tmp_path / "s.txt", "u a b c\n")
+    out = check_bad(
+        lambda **p: readers.read(data("sequences", path, items, **p)), "duplicate_item", "i.tsv:4", "item id 'a' occurs a second time"
+    )
+    assert out.items["title"].to_list() == ["A", "B", "C"]
+    assert out.item_place(2).endswith(":5")
+
+
+def test_quotes_that_do_not_match(tmp_path):
+    items = write(tmp_path / "i.csv", 'item_id,title\na,A\nb,"B\nc,C\n')
+    path = write(tmp_path / "s.txt", "u a\n")
+    with pytest.raises(RecJaxError, match=r"i\.csv:3: the quotes do not match"):
+        readers.read(data("sequences", path, items, bad_row="skip"))
+
+
+def test_missing_files_and_columns(tmp_path):
+    path = write(tmp_path / "t.csv", "user,item,stars\na,x,1\n")
+    items = write(tmp_path / "i.tsv", "title\tbrand\nX\tY\n")
+    cases = [
+        (data("nope", path), r"reader='nope'.*movielens, sequences, recbole, amazon, mind, table"),
+        (data("movielens", tmp_path / "ml"), r"ml'.*no such file or folder; reader 'movielens' expects a folder or \.zip"),
+        (data("recbole", tmp_path / "ml"), r"no such file or folder; reader 'recbole' expects"),
+        (data("sequences", ""), r"config\.data\.path is empty"),
+        (data("sequences", tmp_path), r"is a folder.*i\.tsv, t\.csv"),
+        (data("sequences", path, items), r"i\.tsv: no id column \(item_id or item or id\); columns there: title, brand"),
+        (data("sequences", path, tmp_path / "no.tsv"), r"config\.data\.items='.*no\.tsv': no such file"),
+        (data("movielens", "builtin:ml-9m"), r"no such data set; it has: builtin:ml-latest-small"),
+        (data("mind", tmp_path), r"behaviors\.tsv and news\.tsv; found i\.tsv, t\.csv"),
+        (data("table", path, "", {"rating": "rating"}), r"t\.csv: no column 'rating'; columns there: user, item, stars"),
+        (data("table", path, "", {"rating": "user"}), r"columns\.rating='user' is also config\.data\.columns\.user"),
+        (data("table", path, "", {"user": ""}), r"config\.data\.columns\.user is empty"),
+        (data("table", path, "", {"weight": "stars"}), r"config\.data\.columns\.weight: no such role; roles: user, item, time, rating"),
+    ]
+    for c, message in cases:
+        with pytest.raises(RecJaxError, match=message):
+            readers.read(c)
+    pl.DataFrame({"u": [1], "item": [1.5]}).write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(RecJaxError, match=r"no column 'user' \(config\.data\.columns\.user\); columns there: u, item"):
+        readers.read(data("table", tmp_path / "t.parquet"))
+    with pytest.raises(RecJaxError, match=r"column item is Float64; ids must be text or integers"):
+        readers.read(data("table", tmp_path / "t.parquet", "", {"user": "u"}))
+    empty = write(tmp_path / "e.csv", "")
+    with pytest.raises(RecJaxError, match=r"e\.csv: the file is empty"):
+        readers.read(data("table", empty))
+    with pytest.raises(RecJaxError, match="table events is empty"):
+        readers.read(data("sequences", empty))
+    broken = tmp_path / "b.txt.gz"
+    broken.write_bytes(gzip.compress(b"u a b\n" * 1000)[:-12])
+    with pytest.raises(RecJaxError, match=r"b\.txt\.gz: the archive is broken"):
+        readers.read(data("sequences", broken))
+
+
+def test_inputs_names_every_file(tmp_path):
+    for name in ("ml.inter", "ml.item", "other.txt"):
+        write(tmp_path / name, "x")
+    names = [p.name for p in readers.inputs(data("recbole", tmp_path / "ml"))]
+    assert names == ["ml.inter", "ml.item"]
+    assert [p.name for p in readers.inputs(data("sequences", tmp_path / "other.txt", tmp_path / "ml.item"))] == ["ml.item", "other.txt"]
+    assert "ratings.csv.gz" in [p.name for p in readers.inputs(data("movielens", "builtin:ml-latest-small"))]
+
+
+# Real data
+
+
+def coded_counts(c):
+    out = readers.read(c)
+    c.filter.min_user_events = 1
+    _, _, coded = tables.code(out, c)
+    return coded.n_users, coded.n_items, len(coded.user)
+
+
+def test_builtin_movielens():
+    out = readers.read(data("movielens", "builtin:ml-latest-small"))
+    assert (out.items.height, out.events.height, out.report.counts) == (9742, 100836, {})
+    assert coded_counts(data("movielens", "builtin:ml-latest-small")) == (610, 9724, 100836)
+    folder = files.resolve("builtin:ml-latest-small")
+    assert "redistribute" in (folder / "README.txt").read_text()
+
+
+def test_real_movielens(data_dir, tmp_path):
+    assert coded_counts(data("movielens", data_dir / "ml-latest-small")) == (610, 9724, 100836)
+    assert coded_counts(data("movielens", data_dir / "ml-100k")) == (943, 1682, 100000)
+    lines = (data_dir / "ml-1m" / "ml-1m.chronological_original_ids.txt").read_text().splitlines()
+    pairs = ((user, place, item) for user, *items in (line.split() for line in lines) for place, item in enumerate(items))
+    write(tmp_path / "ratings.dat", "".join(f"{u}::{i}::5::{t}\n" for u, t, i in pairs))  # the released ratings.dat is not among the files
+    for name in ("movies.dat", "users.dat"):
+        write(tmp_path / name, (data_dir / "ml-1m" / name).read_bytes())
+    assert coded_counts(data("movielens", tmp_path)) == (6040, 3706, 1000209)
+    titles = readers.read(data("movielens", tmp_path)).items
+    assert titles.filter(pl.col("item") == 73)["title"].item() == "Les Misérables"
+
+
+def test_real_sequences_and_mind(data_dir):
+    beauty = data_dir / "amazon-beauty"
+    assert coded_counts(data("sequences", beauty / "Beauty.txt", beauty / "Beauty.items.tsv")) == (22363, 12101, 198502)
+    games = data_dir / "amazon-games-2018" / "Games.items.tsv"
+    c = data("sequences", beauty / "Beauty.txt", games, empty_text="skip", unknown_item="skip")
+    out = readers.read(c)
+    tables.code(out, c)
+    assert out.items.height == 16859
+    assert out.report.counts["empty_text"] == 14
+    mind = data("mind", data_dir / "mind-sample")
+    out = readers.read(mind)
+    assert (out.users.height, out.items.height) == (4637, 2000)
+    with pytest.raises(RecJaxError, match=r"behaviors\.tsv:1: item 'N138' is not in the items table"):
+        tables.code(out, mind)
+    assert coded_counts(data("mind", data_dir / "mind-sample", unknown_item="skip"))[1] > 500

@@ -1,0 +1,107 @@
+"""A small world for tests: users with patterned histories, short texts, a BERT of two layers."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from rec_jax import config as config_lib
+from rec_jax import mesh as mesh_lib
+from rec_jax.data.packing import texts_per_row
+from rec_jax.data.pipeline import Batches, BatchSpec
+from rec_jax.towers import BertSpec, two_tower
+from rec_jax.towers.bert import init as init_text
+from rec_jax.train import loop, stages
+from rec_jax.types import Ragged
+
+N_ITEMS, N_USERS, VOCAB = 60, 40, 50
+
+
+def bert_spec(**changes) -> BertSpec:
+    """Two layers of width 16."""
+    sizes = {"vocab_size": VOCAB, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "max_positions": 64}
+    return BertSpec(**{**sizes, "dropout": 0.0, "attention_dropout": 0.0, **changes})
+
+
+def tokens(seed: int = 0) -> Ragged:
+    """Texts of 4 to 10 tokens, between 1 and 2 as [CLS] and [SEP]."""
+    random = np.random.default_rng(seed)
+    return Ragged.from_rows([[1, *random.integers(3, VOCAB, random.integers(2, 9)), 2] for _ in range(N_ITEMS)])
+
+
+def records(seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Histories that walk over the items in steps of one, with a jump now and then: the next item can be learned."""
+    random, out = np.random.default_rng(seed), []
+    for _ in range(N_USERS):
+        n = int(random.integers(4, 30))
+        items = (int(random.integers(N_ITEMS)) + np.cumsum(random.choice([1, 1, 1, 7], n))) % N_ITEMS
+        splits = np.zeros(n, np.uint8)
+        splits[-2:] = (1, 2)
+        out.append({"items": items.astype(np.int32), "splits": splits})
+    return out
+
+
+class World:
+    """Stands for `Prepared` where only training is tested."""
+
+    def __init__(self, seed: int = 0):
+        self._records = records(seed)
+        self.n_items, self.n_users = N_ITEMS, N_USERS
+
+    def source(self):
+        return self._records
+
+    def train_lengths(self) -> np.ndarray:
+        return np.array([int((r["splits"] == 0).sum()) for r in self._records])
+
+    def item_counts(self) -> np.ndarray:
+        return np.bincount(np.concatenate([r["items"][r["splits"] == 0] for r in self._records]), minlength=N_ITEMS)
+
+
+def config(**changes) -> ConfigDict:
+    """A config of that size; dotted keys as keyword "a.b" -> value."""
+    c = config_lib.defaults()
+    c.batch.update({"shards": 8, "history_rows": 2, "history_length": 16, "max_items": 40, "text_rows": 8, "row_tokens": 64})
+    c.batch.update({"user_rows": 4, "user_history": 4})
+    c.towers.dim, c.towers.user.mlp, c.towers.user.max_positions, c.towers.item.whiten = 8, 16, 32, False
+    c.train.duration, c.train.log_every, c.train.eval_every, c.train.checkpoint_every = "20 steps", "5 steps", "10 steps", "10 steps"
+    c.optimizer.learning_rate = 1e-2
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        (config_lib.get(c, ".".join(parents)) if parents else c)[last] = value
+    config_lib.check(c)
+    return c.lock()
+
+
+def table(seed: int = 0) -> np.ndarray:
+    """Text vectors [N, 16]."""
+    return np.random.default_rng(seed).normal(size=(N_ITEMS, 16)).astype(np.float32)
+
+
+def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", last=None) -> loop.Task:
+    """A training task of that world, on the mesh's devices (one by default)."""
+    mesh = mesh or one_device()
+    world = World()
+    spec = two_tower.make_spec(c.towers, bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens))
+    text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
+    mesh_lib.check_shards(c.batch.shards, mesh)
+    batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())
+    return stages.make_task(
+        c,
+        name,
+        epath.Path(folder),
+        prepared=world,
+        towers=spec,
+        table=None if spec.encode else table(),
+        text_params=text_params,
+        batches=batches,
+        last=last,
+        evaluate=evaluate or (lambda params: {"valid/ndcg@10": 0.0}),
+    )
+
+
+def one_device():
+    """A mesh of one device."""
+    return mesh_lib.make_mesh({"data": 1}, devices=jax.devices()[:1])

@@ -1,0 +1,133 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rec_jax.data.packing import pack_texts, texts_per_row
+from rec_jax.data.pipeline import Batches, BatchSpec
+from rec_jax.towers import encode_texts, heads, history, two_tower
+from rec_jax.towers.bert import init as init_text
+from rec_jax.types import RecJaxError
+
+SPEC = history.HistorySpec(dim=8, layers=2, heads=2, mlp=16, dropout=0.5, max_positions=32)
+
+
+def vectors(rows, places, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, places, 8)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return history.init(jax.random.key(0), SPEC)
+
+
+def test_a_place_sees_only_its_past(params):
+    x, ids = vectors(1, 10), jnp.ones((1, 10), jnp.int32)
+    before = history.encode(params, SPEC, x, ids)
+    after = history.encode(params, SPEC, x.at[:, 6:].add(5.0), ids)
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(np.asarray(before[:, 6:] - after[:, 6:])).max() > 1e-3
+
+
+def test_packed_histories_do_not_leak(params):
+    x = vectors(1, 12)
+    ids = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3])
+    packed = history.encode(params, SPEC, x, ids)
+    alone = history.encode(params, SPEC, x[:, 5:9], jnp.ones((1, 4), jnp.int32))
+    np.testing.assert_allclose(packed[:, 5:9], alone, atol=1e-5)
+    other = history.encode(params, SPEC, x.at[:, :5].add(3.0), ids)
+    np.testing.assert_array_equal(packed[:, 5:9], other[:, 5:9])
+    assert np.isfinite(packed).all()
+
+
+def test_dropout_depends_on_the_rows_key_alone(params):
+    x, ids, keys = vectors(4, 6), jnp.ones((4, 6), jnp.int32), jax.random.split(jax.random.key(1), 4)
+    whole = history.encode(params, SPEC, x, ids, keys=keys)
+    parts = [history.encode(params, SPEC, x[i : i + 2], ids[i : i + 2], keys=keys[i : i + 2]) for i in (0, 2)]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), atol=1e-6)
+    assert np.abs(np.asarray(whole - history.encode(params, SPEC, x, ids))).max() > 1e-2
+
+
+def test_whitened_head_is_pca():
+    table = np.random.default_rng(0).normal(size=(200, 16)) @ np.diag(np.linspace(0.1, 3, 16)) + 5
+    head = heads.init(jax.random.key(0), text_width=16, dim=6, hidden=8, kind="mlp")
+    out = np.asarray(heads.apply(heads.whitened(head, table), table, dim=6, hidden=8, kind="mlp"))
+    np.testing.assert_allclose(out.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(out.T), np.eye(6), atol=1e-3)
+    with pytest.raises(RecJaxError, match=r"at most 4 dimensions, but towers.dim=6"):
+        heads.whitened(heads.init(jax.random.key(0), text_width=4, dim=6, hidden=8, kind="linear"), table[:, :4])
+
+
+def batch_and_spec(kind, source, **changes):
+    c = tiny.config(**{"towers.user.kind": kind, "towers.text.source": source, **changes})
+    spec = two_tower.make_spec(c.towers, tiny.bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens))
+    world = tiny.World()
+    batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=0, texts=tiny.tokens())
+    start = two_tower.init(jax.random.key(0), spec, text_params=init_text(jax.random.key(1), tiny.bert_spec()) if spec.encode else None)
+    return next(iter(batches)), spec, start
+
+
+def test_item_vectors_of_a_batch_are_those_of_the_texts_alone():
+    batch, spec, params = batch_and_spec("history", "tokens")
+    out = two_tower.encode_batch(params, spec, batch, table=None, catalogue=False, keys=None)
+    texts, lengths = tiny.tokens(), tiny.tokens().lengths()
+    padded = np.zeros((tiny.N_ITEMS, lengths.max()), np.int32)
+    for n in range(tiny.N_ITEMS):
+        padded[n, : lengths[n]] = texts[n]
+    alone = two_tower.item_vectors(params, spec, encode_texts(params["text"], spec.text, padded, padded > 0))
+    for g in range(8):
+        there = batch.item_ids[g] >= 0
+        np.testing.assert_allclose(out.item[g][there], alone[batch.item_ids[g][there]], atol=1e-5)
+    blocks = list(pack_texts(texts, rows=4, row_tokens=64))
+    table = two_tower.encode_blocks(params["text"], spec.text, blocks, tiny.N_ITEMS)
+    np.testing.assert_allclose(two_tower.item_vectors(params, spec, table), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "source"), [("history", "frozen"), ("history", "tokens"), ("text", "tokens")])
+def test_shapes_and_unit_length(kind, source):
+    batch, spec, params = batch_and_spec(kind, source)
+    table = None if source == "tokens" else tiny.table()
+    out = two_tower.encode_batch(params, spec, batch, table=table, catalogue=table is not None, keys=None)
+    assert out.user.shape == (*batch.targets.shape, 8)
+    assert out.item.shape == (*batch.item_ids.shape, 8)
+    there = batch.weights > 0
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(out.user)[there], axis=-1), 1, atol=1e-5)
+    if table is not None:
+        assert out.catalogue.shape == (tiny.N_ITEMS, 8)
+        np.testing.assert_allclose(out.item[0, 0], out.catalogue[batch.item_ids[0, 0]], atol=1e-6)
+
+
+def test_gradients_reach_every_weight_of_the_encoder():
+    batch, spec, params = batch_and_spec("history", "tokens")
+
+    def loss(p):
+        out = two_tower.encode_batch(p, spec, batch, table=None, catalogue=False, keys=None)
+        return jnp.sum(out.user * batch.weights[..., None] * jnp.arange(8.0))
+
+    grads = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params))
+    still = {jax.tree_util.keystr(path) for path, g in grads if not np.abs(np.asarray(g)).max() > 0}
+    # Softmax over keys does not see a constant, so a key bias has no gradient but rounding; nothing else may be still.
+    assert not [name for name in still if "key" not in name], still
+
+
+def test_user_vectors_for_ranking_are_those_of_training():
+    batch, spec, params = batch_and_spec("history", "frozen")
+    out = two_tower.encode_batch(params, spec, batch, table=tiny.table(), catalogue=True, keys=None)
+    segment = batch.history_segments[0, 0] == 1
+    ids = batch.item_ids[0][batch.history[0, 0][segment]]
+    histories = np.full((2, 20), -1, np.int32)
+    histories[0, : len(ids)] = ids
+    ranked = two_tower.user_vectors(params, spec, out.catalogue, histories)
+    np.testing.assert_allclose(ranked[0], out.user[0][np.flatnonzero(segment)[-1]], atol=1e-5)
+    np.testing.assert_array_equal(ranked[1], np.zeros(8))
+
+
+def test_a_catalogue_needs_a_table():
+    batch, spec, params = batch_and_spec("history", "frozen")
+    with pytest.raises(RecJaxError, match="need a table of text vectors"):
+        two_tower.encode_batch(params, spec, batch, table=None, catalogue=True, keys=None)
+    with pytest.raises(RecJaxError, match="written-out histories"):
+        two_tower.user_vectors(params, dataclasses.replace(spec, history=None), np.zeros((3, 8)), np.zeros((1, 2), np.int32))
