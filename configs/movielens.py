@@ -5,6 +5,8 @@ python -m rec_jax.train --config=configs/movielens.py --workdir=runs/movielens
 
 from rec_jax import config as config_lib
 
+PRESETS = ("", "smoke")
+
 
 def get_config(arg=None):
     """`smoke`: the same run in seconds."""
@@ -12,4 +14,9 @@ def get_config(arg=None):
     c.data.reader = "movielens"
     c.data.path = "builtin:ml-latest-small"
     c.data.text.template = "{title} ({year}). {genres}"
+    if arg == "smoke":
+        c.train.duration = "20 steps"
+        c.train.log_every = "5 steps"
+        c.eval.max_users = 64
+        c.eval.baselines = ("popularity",)
     return c

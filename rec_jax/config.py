@@ -79,6 +79,7 @@ def defaults() -> ConfigDict:
     c.towers.item.head = "linear"  # linear | mlp: text vector -> item vector
     c.towers.item.whiten = True  # the head starts as PCA whitening of the catalogue's text vectors
     c.towers.item.hidden = 256  # width of the mlp head
+    c.towers.item.ids = False  # each catalogue item also has a trained vector of its own, zero at the start, added to its text's
     c.towers.user = ConfigDict()
     c.towers.user.kind = "history"  # history: causal transformer over item vectors | text: the history written out as text
     c.towers.user.layers = 2

@@ -24,7 +24,7 @@ WORD = "embeddings.word_embeddings.weight"
 
 @pytest.fixture(scope="module")
 def params():
-    return init(jax.random.key(0), SPEC)
+    return jax.jit(init, static_argnums=1)(jax.random.key(0), SPEC)
 
 
 @pytest.fixture

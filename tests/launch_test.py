@@ -226,8 +226,8 @@ def test_a_failed_install_is_one_clear_line(project, tool, output, message):
 
 
 def test_unreachable_package_with_the_real_pip(project):
-    real = '#!/usr/bin/env bash\nif [[ $2 == venv ]]; then mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$0" "$3/bin/python"; exit; fi\n'
-    python = project.command("real", f'{real}exec {shlex.quote(sys.executable)} "$@"\n')
+    made = 'mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python"'
+    python = project.command("real", f'#!/usr/bin/env bash\n[[ $2 == venv ]] && {made} || exec {shlex.quote(sys.executable)} "$@"\n')
     done = project.run(PYTHON=str(python), PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
     assert re.search(r"package uv==[\d.]+ cannot be had, while getting uv", error_of(done))
 

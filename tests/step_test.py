@@ -15,7 +15,7 @@ from rec_jax.train import state as state_lib
 from rec_jax.train import step as step_lib
 from rec_jax.types import RecJaxError
 
-FROZEN = {"towers.text.source": "frozen", "towers.user.dropout": 0.2}
+FROZEN = {"towers.text.source": "frozen", "towers.user.dropout": 0.2, "towers.item.ids": True}
 TOKENS = {"towers.text.source": "tokens", "objectives.info_nce.candidates": "batch", "towers.text.dropout": 0.1}
 WRITTEN = {**TOKENS, "towers.user.kind": "text"}
 BCE = {**TOKENS, "objectives.bce.weight": 0.5, "objectives.info_nce.symmetric": True}

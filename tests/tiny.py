@@ -84,7 +84,7 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     """A training task of that world, on the mesh's devices (one by default)."""
     mesh = mesh or one_device()
     world = World()
-    spec = two_tower.make_spec(c.towers, bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens))
+    spec = two_tower.make_spec(c.towers, bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens), n_items=N_ITEMS)
     text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
     mesh_lib.check_shards(c.batch.shards, mesh)
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())

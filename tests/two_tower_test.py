@@ -63,7 +63,7 @@ def test_whitened_head_is_pca():
 
 def batch_and_spec(kind, source, **changes):
     c = tiny.config(**{"towers.user.kind": kind, "towers.text.source": source, **changes})
-    spec = two_tower.make_spec(c.towers, tiny.bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens))
+    spec = two_tower.make_spec(c.towers, tiny.bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens), n_items=tiny.N_ITEMS)
     world = tiny.World()
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=0, texts=tiny.tokens())
     start = two_tower.init(jax.random.key(0), spec, text_params=init_text(jax.random.key(1), tiny.bert_spec()) if spec.encode else None)

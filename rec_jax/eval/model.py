@@ -88,7 +88,7 @@ class Model:
         self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
         self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
         self._text_users = jax.jit(
-            lambda p, t, s: two_tower.item_vectors(
+            lambda p, t, s: two_tower.text_item_vectors(
                 p, spec, two_tower.packed_text_vectors(p["text"], spec.text, t, s, texts_per_row=spec.texts_per_row)
             )
         )
@@ -150,7 +150,9 @@ class Model:
 
 def make_model(config: Any, prepared: Prepared, tokens: Ragged, bert: tuple[Params, towers.BertSpec], say: Say) -> Model:
     """The model that a stage's config describes, with its table of text vectors where the encoder is frozen."""
-    spec = two_tower.make_spec(config.towers, bert[1], texts_per_row=packing.texts_per_row(config.batch.row_tokens))
+    spec = two_tower.make_spec(
+        config.towers, bert[1], texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items
+    )
     table = None if spec.encode else text_table(config, tokens, bert[0], spec.text, say)
     return Model(config, prepared, tokens, spec, table)
 

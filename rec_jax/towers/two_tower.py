@@ -33,6 +33,7 @@ class TwoTowerSpec:
       encode: texts go through the encoder in every step; else a table of text vectors stands in for it.
       texts_per_row: K of packed rows.
       head, hidden: kind and inner width of the item head.
+      n_ids: N where each catalogue item also has a vector of its own, added to the head's; 0 = text only.
       user: "history" or "text".
       history: the history tower, None for "text".
     """
@@ -44,22 +45,32 @@ class TwoTowerSpec:
     texts_per_row: int
     head: str
     hidden: int
+    n_ids: int
     user: str
     history: history.HistorySpec | None
 
 
-def make_spec(towers: Any, text: BertSpec, *, texts_per_row: int) -> TwoTowerSpec:
+def make_spec(towers: Any, text: BertSpec, *, texts_per_row: int, n_items: int) -> TwoTowerSpec:
     """The spec that `config.towers` states; `text` is the encoder's own spec, with pooling, dtype, remat and dropout as the config says."""
     t, u = towers.text, towers.user
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, dropout=t.dropout, attention_dropout=t.dropout)
     tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions) if u.kind == "history" else None
     return TwoTowerSpec(
-        towers.dim, towers.normalize, text, t.source == "tokens", texts_per_row, towers.item.head, towers.item.hidden, u.kind, tower
+        dim=towers.dim,
+        normalize=towers.normalize,
+        text=text,
+        encode=t.source == "tokens",
+        texts_per_row=texts_per_row,
+        head=towers.item.head,
+        hidden=towers.item.hidden,
+        n_ids=n_items if towers.item.ids else 0,
+        user=u.kind,
+        history=tower,
     )
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
-    """Fresh parameters {"item", "user"?, "text"?}.
+    """Fresh parameters {"item", "ids"?, "user"?, "text"?}. ID vectors start at zero: an item begins as what its text says.
 
     Args:
       key: typed key.
@@ -68,19 +79,35 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
       table: text vectors of the catalogue [N, D_text], to start the head as their whitening; None = a random head.
     """
     item_key, user_key, text_key = jax.random.split(key, 3)
-    item = heads.init(item_key, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
+    # Under jit: op by op, the initialisers would compile one by one.
+    item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
     params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table))}
+    if spec.n_ids:
+        params["ids"] = {"embedding": jnp.zeros((spec.n_ids, spec.dim))}
     if spec.history is not None:
-        params["user"] = history.init(user_key, spec.history)
+        tower = spec.history
+        params["user"] = jax.jit(lambda k: history.init(k, tower))(user_key)
     if spec.encode:
-        params["text"] = init_text(text_key, spec.text) if text_params is None else text_params
+        params["text"] = jax.jit(lambda k: init_text(k, spec.text))(text_key) if text_params is None else text_params
     return params
 
 
-def item_vectors(params: Params, spec: TwoTowerSpec, text: Array) -> jax.Array:
-    """Text vectors [..., D_text] -> item vectors [..., D]."""
+def text_item_vectors(params: Params, spec: TwoTowerSpec, text: Array, ids: jax.Array | None = None) -> jax.Array:
+    """Text vectors [..., D_text] -> item vectors [..., D]; `ids` [..., D] are added where items have vectors of their own."""
     out = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
+    out = out if ids is None else out + ids
     return unit_length(out) if spec.normalize else out
+
+
+def item_vectors(params: Params, spec: TwoTowerSpec, text: Array) -> jax.Array:
+    """Text vectors of the whole catalogue [N, D_text] -> item vectors [N, D]."""
+    return text_item_vectors(params, spec, text, params["ids"]["embedding"] if spec.n_ids else None)
+
+
+def _some_items(params: Params, spec: TwoTowerSpec, text: Array, ids: Array) -> jax.Array:
+    """Text vectors [..., D_text] of the catalogue items `ids` [...] -> item vectors [..., D]."""
+    own = jnp.take(params["ids"]["embedding"], jnp.maximum(ids, 0), axis=0) if spec.n_ids else None
+    return text_item_vectors(params, spec, text, own)
 
 
 def packed_text_vectors(
@@ -116,11 +143,10 @@ def encode_batch(
     if table is None and (catalogue or not spec.encode):
         raise RecJaxError("vectors of the catalogue need a table of text vectors: towers.text.source='frozen', or batch candidates")
     if spec.encode:
-        item = item_vectors(
-            params, spec, _lookup(_packed(params, spec, batch.item_tokens, batch.item_segments, _key(keys, "text")), batch.item_places)
-        )
+        pooled = _packed(params, spec, batch.item_tokens, batch.item_segments, _key(keys, "text"))
+        item = _some_items(params, spec, _lookup(pooled, batch.item_places), batch.item_ids)
     else:
-        item = item_vectors(params, spec, jnp.take(jnp.asarray(table), jnp.maximum(batch.item_ids, 0), axis=0))
+        item = _some_items(params, spec, jnp.take(jnp.asarray(table), jnp.maximum(batch.item_ids, 0), axis=0), batch.item_ids)
     if spec.history is not None:
         shards, rows, places = batch.history.shape
         vectors = _lookup(item, batch.history).reshape(shards * rows, places, spec.dim)
@@ -130,7 +156,7 @@ def encode_batch(
         user = user.reshape(shards, rows * places, spec.dim)
         user = unit_length(user) if spec.normalize else user
     else:
-        user = item_vectors(
+        user = text_item_vectors(
             params, spec, _lookup(_packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user")), batch.user_places)
         )
     return Outputs(user=user, item=item, catalogue=item_vectors(params, spec, table) if catalogue and table is not None else None)

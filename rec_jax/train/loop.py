@@ -43,12 +43,13 @@ class LoopSpec:
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop remembers across a resume (beside state and iterator)."""
+    """What the loop remembers across a resume, beside state and iterator: the best evaluation, and training metrics not yet reported."""
 
     best: float | None = None
     best_step: int | None = None
     bad_evals: int = 0
     stopped: bool = False
+    since_report: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -167,7 +168,6 @@ class _Run:
         self.display = Display(task.name or "training", start=start, total=task.loop.total, active=first)
         self.learning_rate = optimizer_lib.schedule(task.optimizer)
         self.pending: tuple[int, Any, Any] | None = None
-        self.sums: dict[str, list[float]] = {}
         self.saved = start
 
     def to_the_end(self) -> Progress:
@@ -220,12 +220,12 @@ class _Run:
         again = f"To see it again: the same command goes on from step {self.saved}" if self.saved else "To see it again: the same command"
         check_finite(step, values, examples, again)
         for name, value in values.items():
-            self.sums.setdefault(f"train/{name}", []).append(value)
+            self.progress.since_report.setdefault(f"train/{name}", []).append(value)
 
     def _report(self, step: int) -> None:
         self._collect()
-        means = {k: float(np.mean(v)) for k, v in self.sums.items()}
-        self.sums = {}
+        means = {k: float(np.mean(v)) for k, v in self.progress.since_report.items()}
+        self.progress.since_report = {}
         means["train/learning_rate"] = float(self.learning_rate(max(0, step - 1) // self.task.optimizer.accumulate))
         self.log.write(step, means)
         self.display.train(step, means)
