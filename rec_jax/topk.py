@@ -25,6 +25,7 @@ from rec_jax.types import Array, RecJaxError
 
 LANE = 128  # a block of items is a multiple of this
 ROWS = 8  # and the queries of this
+GROUP = 16  # neighbouring items that a top-k takes or leaves together before it sorts
 BLOCK = 16384
 
 Axis = str | tuple[str, ...]
@@ -267,10 +268,12 @@ def _fold(
     def look(carry: tuple[Any, Any, Any], part: _Block) -> tuple[Any, Any, Any]:
         top, own, nan = carry
         if k:
-            # the running top k goes in front: ties keep the lower id, and the CPU's heap starts full: few enter it
-            best, places = lax.top_k(jnp.concatenate([top[0], _candidates(part, left_out)], axis=1), k)
+            found, columns = _shortlist(_candidates(part, left_out), top[0][:, -1:], k)
+            # the running top k goes in front: ties keep the lower id, and the CPU's heap starts full, so that few enter it
+            best, places = lax.top_k(jnp.concatenate([top[0], found], axis=1), k)
             before = jnp.take_along_axis(top[1], jnp.minimum(places, k - 1), axis=1)
-            top = best, jnp.where(places < k, before, first + part.start + places - k)
+            column = jnp.take_along_axis(columns, jnp.maximum(places - k, 0), axis=1)
+            top = best, jnp.where(places < k, before, first + part.start + column)
         if targets is not None:
             places = part.places(targets)
             here = jnp.take_along_axis(part.scores, jnp.minimum(places, part.scores.shape[1] - 1), axis=1)
@@ -331,6 +334,23 @@ def _candidates(part: _Block, left_out: jax.Array | None) -> jax.Array:
     """Scores [Q, block] with -inf for what is no candidate."""
     scores = jnp.where(part.live, part.scores, -jnp.inf)
     return scores if left_out is None else _put(scores, part.places(left_out), -jnp.inf)
+
+
+def _shortlist(scores: jax.Array, threshold: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """scores [Q, block], threshold [Q, 1] -> scores and columns [Q, *], columns rising, that hold the row's best k above the threshold.
+
+    Sorting is what a top-k costs beside its matmul, so whole groups of columns are sorted out first, by their maxima: the best k of a row
+    lie in the k groups of highest maximum, of equal ones the first.
+    """
+    rows, block = scores.shape
+    if block % GROUP or 2 * k * GROUP > block:
+        return scores, jnp.broadcast_to(jnp.arange(block), scores.shape)
+    groups = scores.reshape(rows, -1, GROUP)
+    highest = jnp.where(jnp.isnan(groups), jnp.inf, groups).max(-1)  # a NaN must stay to be seen, and a compiled max may drop it
+    _, chosen = lax.top_k(jnp.where(highest <= threshold, -jnp.inf, highest), k)
+    chosen = jnp.sort(chosen, axis=1)
+    columns = chosen[:, :, None] * GROUP + jnp.arange(GROUP)
+    return jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(rows, -1), columns.reshape(rows, -1)
 
 
 def _at_least(scores: jax.Array, own: jax.Array) -> jax.Array:

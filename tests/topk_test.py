@@ -68,6 +68,23 @@ def test_top_k_is_numpys_with_the_lower_id_first_on_ties(block):
     assert scores.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_groups_sorted_out_by_their_maxima_lose_nothing(k):
+    """Few enough results for the short list (2 x k x 16 <= block), with ties within and between groups, and a NaN in the last block."""
+    query, item, exclude, _ = make(4)
+    assert 2 * k * topk.GROUP <= 256
+    for block in (256, 16384):
+        scores, ids = topk.top_k(query, item, k=k, block=block, exclude=exclude)
+        expected_scores, expected_ids = naive_top_k(query @ item.T, k, exclude)
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_array_equal(scores, expected_scores)
+    for place in (0, 255, 900, N - 1):
+        broken = item.copy()
+        broken[place, 0] = np.nan
+        with pytest.raises(RecJaxError, match="NaN score"):
+            topk.top_k(query, broken, k=k, block=256)
+
+
 @pytest.mark.parametrize("block", [300, 16384])
 def test_ranks_are_those_of_the_definition(block):
     query, item, exclude, target = make()

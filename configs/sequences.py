@@ -1,0 +1,31 @@
+"""Any data set by path: one user a line, `user item item ...` in time order, with or without a table of item texts.
+
+    python -m rec_jax.train --config=configs/sequences.py --config.data.path=FILE --config.data.items=ITEMS.tsv --workdir=DIR
+
+ITEMS.tsv has `item_id` and text columns (title, categories, genres, brand, author, description). Each history place is trained against
+the whole catalogue; text vectors are made once. Run time and figures: README.md, "Results".
+"""
+
+from rec_jax import config as config_lib
+
+PRESETS = ("", "smoke")
+
+
+def get_config(arg=None):
+    """`smoke`: a few steps, to see that a file is read as it should be."""
+    c = config_lib.defaults()
+    c.data.reader = "sequences"
+    c.data.on_bad.empty_text = "keep"
+    c.data.text.max_tokens = 64
+    c.towers.item.ids = True
+    c.batch.history_length = 50
+    c.train.duration = "12 epochs"
+    c.train.log_every = "100 steps"
+    c.train.patience = 4
+    c.eval.max_users = 5000
+    if arg == "smoke":
+        c.train.duration = "20 steps"
+        c.train.log_every = "5 steps"
+        c.eval.max_users = 200
+        c.eval.baselines = ("popularity",)
+    return c
