@@ -45,7 +45,12 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("source", ["frozen", "tokens"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, source):
-    changes = {"towers.text.source": source, "train.eval_every": "4 steps", "train.checkpoint_every": "4 steps", "train.log_every": "3 steps"}
+    changes = {
+        "towers.text.source": source,
+        "train.eval_every": "4 steps",
+        "train.checkpoint_every": "4 steps",
+        "train.log_every": "3 steps",
+    }
     if source == "tokens":
         changes |= {"objectives.info_nce.candidates": "batch", "train.duration": "12 steps"}
     values = [0.1, 0.3, 0.2, 0.2, 0.2]
@@ -67,7 +72,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, source):
 
 
 def test_resumes_on_more_devices(tmp_path):
-    changes = {"train.duration": "8 steps", "train.eval_every": "4 steps", "train.checkpoint_every": "4 steps", "train.log_every": "1 steps"}
+    changes = {
+        "train.duration": "8 steps",
+        "train.eval_every": "4 steps",
+        "train.checkpoint_every": "4 steps",
+        "train.log_every": "1 steps",
+    }
     run(tmp_path / "one", Valid([0.1, 0.2]), **changes)
 
     class Killed(Exception):
@@ -133,7 +143,9 @@ def test_optimizer_state_is_sharded_as_its_parameters(tmp_path):
     c = tiny.config(**{"mesh.rules": (("item/project/kernel", ("fsdp",)), (".*", ()))})
     shapes, shardings = loop.state_shardings(tiny.task(c, tmp_path, mesh=mesh), mesh)
     split = [
-        mesh_lib.path_name(path) for path, s in jax.tree_util.tree_leaves_with_path(shardings) if s.spec == jax.sharding.PartitionSpec("fsdp")
+        mesh_lib.path_name(path)
+        for path, s in jax.tree_util.tree_leaves_with_path(shardings)
+        if s.spec == jax.sharding.PartitionSpec("fsdp")
     ]
     assert len(split) == 3, split  # the parameter and its two moments
     assert jax.tree.structure(shapes) == jax.tree.structure(shardings)
