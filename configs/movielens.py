@@ -40,8 +40,14 @@ def get_config(arg=None):
             "towers": {"text": {"source": "tokens"}},
             "objectives": {"info_nce": {"candidates": "batch"}},
             # The encoder costs 60 times a step of the first stage, so: short windows, few of them.
-            "batch": {"shards": 4, "history_length": 16, "text_rows": 12, "max_items": 64},
-            "optimizer": {"learning_rate": 2e-4, "scale": (("text/.*", 0.1),), "warmup": "20 percent"},
+            "batch": {"shards": 4, "history_rows": 3, "history_length": 16, "text_rows": 12, "max_items": 64},
+            "eval": {"history_length": 64},
+            "optimizer": {
+                "learning_rate": 1e-4,
+                "scale": (("text/.*", 0.2),),
+                "freeze": ("text/embeddings/.*", "ids/.*"),
+                "warmup": "20 percent",
+            },
             "train": {"duration": "24 steps", "log_every": "4 steps", "eval_every": "100 percent", "checkpoint_every": "100 percent"},
         }
     )

@@ -89,7 +89,7 @@ run() {
 }
 
 fail() {
-  local what=$1 output=$2 package log
+  local what=$1 output=$2 package reason log
   if [[ $output == *"No space left"* || $output == *"os error 28"* || $output == *"Errno 28"* || $output == *"quota exceeded"* ]]; then
     die "the disk became full while $what ($(free_mb "$root") MB free at $root); make room (about $needed_mb MB) and run ./launch/setup.sh again"
   fi
@@ -103,7 +103,8 @@ fail() {
   elif [[ -n $package ]]; then
     die "package $package cannot be had, while $what; check the network and PIP_INDEX_URL, then run ./launch/setup.sh again; log: $log"
   fi
-  die "$what failed: $(sed -nE 's/^ *(error|ERROR|cause): *//p' <<<"$output" | sed -n 1p); log: $log"
+  reason=$(sed -nE 's/^ *(error|ERROR|cause): *//p' <<<"$output" | sed -n 1p)
+  die "$what failed: ${reason:-$(tail -n 1 <<<"$output")}; log: $log"
 }
 
 build() {

@@ -23,7 +23,8 @@ step "shellcheck" shellcheck launch/*.sh .ci/run
 
 echo "[test] pytest"
 status=0
-python -m pytest -n 2 "$@" || status=$?
+# Two processes: a test mostly keeps one core busy, eight simulated devices or not.
+python -m pytest -n 2 --dist worksteal "$@" || status=$?
 if ((${#failed[@]})); then
   echo "[test] failed before the tests: ${failed[*]}" >&2
   exit 1

@@ -134,6 +134,7 @@ def defaults() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.k = (5, 10, 20)
+    c.eval.history_length = 0  # newest items of a history that make the user vector; 0 = batch.history_length
     c.eval.users_per_block = 256
     c.eval.items_per_block = 16384
     c.eval.max_users = 0  # validation during training ranks at most that many users, drawn by seed; 0 = all
@@ -263,6 +264,11 @@ def check(config: ConfigDict) -> None:
             raise RecJaxError(f"config.data.on_bad.{key}={value!r}: expected one of {', '.join(allowed)}")
     if config.towers.dim % config.towers.user.heads:
         raise RecJaxError(f"config.towers.dim={config.towers.dim} is not divisible by config.towers.user.heads={config.towers.user.heads}")
+    longest = max(config.eval.history_length, config.batch.history_length)
+    if config.towers.user.kind == "history" and longest > config.towers.user.max_positions:
+        raise RecJaxError(
+            f"histories of {longest} places need config.towers.user.max_positions={config.towers.user.max_positions} to be as large"
+        )
     if config.data.text.max_tokens > config.batch.row_tokens:
         raise RecJaxError(
             f"config.data.text.max_tokens={config.data.text.max_tokens} does not fit a row of "

@@ -85,6 +85,9 @@ class Model:
 
     def __init__(self, config: Any, prepared: Prepared, tokens: Ragged, spec: two_tower.TwoTowerSpec, table: np.ndarray | None):
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
+        self.validated: np.ndarray | None = (
+            None  # catalogue vectors of the last validation: a pass of the encoder that need not be repeated
+        )
         self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
         self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
         self._text_users = jax.jit(
@@ -105,7 +108,7 @@ class Model:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count."""
         if self.spec.history is None:
             return self._written_out(params, histories)
-        size, block = self.config.batch.history_length, self.config.eval.users_per_block
+        size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
         out = np.zeros((len(histories), self.spec.dim), np.float32)
         for first in range(0, len(histories), block):
             rows = np.full((block, size), -1, np.int32)
@@ -137,7 +140,8 @@ class Model:
 
     def validate(self, params: Params) -> dict[str, float]:
         """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""
-        return self.rank(params, self._valid_set(), name="valid").metrics
+        self.validated = self.item_vectors(params)
+        return self.rank(params, self._valid_set(), name="valid", items=self.validated).metrics
 
     def _valid_set(self) -> EvalSet:
         whole, most = self.prepared.eval_set("valid"), self.config.eval.max_users
@@ -204,12 +208,21 @@ def item_vectors(folder: epath.PathLike, step: int, model: Model, params: Params
         with file.open("rb") as f:
             return np.load(f, allow_pickle=False)
     items = model.item_vectors(params)
-    if jax.process_index() == 0:
-        temporary = file.parent / (file.name + ".tmp")
-        with temporary.open("wb") as f:
-            np.save(f, items)
-        temporary.replace(file)
+    keep_item_vectors(folder, step, items)
     return items
+
+
+def keep_item_vectors(folder: epath.PathLike, step: int, items: np.ndarray) -> None:
+    """Writes the catalogue vectors of a step's checkpoint, whole or not at all; those of other steps go."""
+    if jax.process_index() != 0:
+        return
+    for old in epath.Path(folder).glob("item_vectors-*.npy"):
+        old.unlink()
+    file = epath.Path(folder) / f"item_vectors-{step}.npy"
+    temporary = file.parent / (file.name + ".tmp")
+    with temporary.open("wb") as f:
+        np.save(f, items)
+    temporary.replace(file)
 
 
 @dataclasses.dataclass(frozen=True)

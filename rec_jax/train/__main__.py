@@ -116,7 +116,9 @@ def _stage(
     flops = plan.step_flops(model.spec, batches.spec, n_items=prepared.n_items, catalogue=catalogue)
     parameters = sum(int(np.size(x)) for x in jax.tree.leaves(task.params))
     clock.part(f"training {name}: {task.loop.total} steps, {parameters:,} parameters", task.loop.total * flops / speed / plan.SHARE)
-    loop.train(task, mesh)
+    progress = loop.train(task, mesh)
+    if model.spec.encode and model.validated is not None and progress.best_step == task.loop.total:
+        model_lib.keep_item_vectors(folder, task.loop.total, model.validated)
     return model_lib.best_params(folder)[0]
 
 

@@ -19,7 +19,7 @@ from rec_jax.train.step import Constants, StepSpec, init_scalars, log_frequencie
 from rec_jax.types import Params, Ragged, RecJaxError
 
 # Keys that another machine may set otherwise without making it another run: they change no result.
-FREE_KEYS = ("mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines")
+FREE_KEYS = ("mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

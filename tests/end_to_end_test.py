@@ -1,0 +1,113 @@
+"""The commands as a user types them: train, kill and go on, evaluate, recommend."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+TITLES = [f"{color} {thing}" for color in ("Red", "Green", "Blue", "Black") for thing in ("Car", "House", "Bird", "Tree", "Boat", "Shoe")]
+FLAGS = [
+    "--config.batch.history_length=16",
+    "--config.towers.dim=16",
+    "--config.train.duration=12 steps",
+    "--config.train.eval_every=3 steps",
+    "--config.train.checkpoint_every=3 steps",
+    "--config.train.log_every=1 steps",
+    "--config.eval.k=(5,10)",
+    "--config.eval.baselines=('popularity','sequence_knn')",
+]
+
+
+def command(*words):
+    return [sys.executable, "-m", *words]
+
+
+def run(*words, code=0):
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    random, lines = np.random.default_rng(0), []
+    for user in range(60):
+        items = (random.integers(24) + np.cumsum(random.choice([1, 1, 5], random.integers(6, 14)))) % 24
+        lines.append(" ".join(map(str, [user, *(items + 1)])))
+    (folder / "events.txt").write_text("\n".join(lines) + "\n")
+    (folder / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"{n}\t{t}\n" for n, t in enumerate(TITLES, 1)))
+    return folder
+
+
+def train(data, workdir):
+    words = ["rec_jax.train", "--config=configs/sequences.py", f"--config.data.path={data}/events.txt", f"--workdir={workdir}"]
+    return [*words, f"--config.data.items={data}/items.tsv", "--config.data.on_bad.duplicate_event=keep", *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def workdir(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    out = run(*train(data, folder)).stdout
+    assert "sequence_knn" in out
+    assert "test: items of the history removed" in out
+    return folder
+
+
+def test_the_workdir_has_everything(workdir):
+    figures = json.loads((workdir / "eval" / "test.json").read_text())
+    assert {"test/ndcg@10", "test_all/hr@10", "popularity/ndcg@10", "sequence_knn/hr@10"} <= set(figures)
+    assert all(0 <= v <= 1 for v in figures.values())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines if "train/loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in lines if "valid/ndcg@10" in row] == [3, 6, 9, 12]
+
+
+def test_killed_and_started_again_it_ends_with_the_same_figures(data, workdir, tmp_path):
+    process = subprocess.Popen(command(*train(data, tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and '"step": 7' in metrics.read_text()):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "eval" / "test.json").exists()
+    assert "going on from step" in run(*train(data, tmp_path)).stdout
+    assert (tmp_path / "eval" / "test.json").read_bytes() == (workdir / "eval" / "test.json").read_bytes()
+
+
+def test_evaluating_again_gives_the_same_file(workdir):
+    before = (workdir / "eval" / "test.json").read_bytes()
+    out = run("rec_jax.eval", f"--workdir={workdir}").stdout
+    assert "popularity" in out
+    assert (workdir / "eval" / "test.json").read_bytes() == before
+
+
+def test_recommends_by_title_and_as_json(workdir):
+    words = ["rec_jax.serve", "recommend", f"--model={workdir}", "--history=Red Car", "--history=blue bird", "--k=4"]
+    out = run(*words).stdout
+    assert "after Red Car, blue bird:" in out
+    answer = json.loads(run(*words, "--json").stdout)
+    names = [item["name"] for item in answer["items"]]
+    assert len(names) == 4
+    assert set(names) <= set(TITLES) - {"Red Car", "Blue Bird"}
+    assert all(name in out for name in names)
+    scores = [item["score"] for item in answer["items"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_bad_words_get_one_clear_message(data, workdir, tmp_path):
+    wrong = run("rec_jax.serve", "recommend", f"--model={workdir}", "--history=Red Cart", code=2)
+    assert "no item is called 'Red Cart'. Nearest: Red Car" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    other = run(*train(data, workdir), "--config.seed=1", code=2)
+    assert "config.seed: 0 there, 1 now" in other.stderr
+    assert "no workdir" in run("rec_jax.eval", f"--workdir={tmp_path}/none", code=2).stderr
+    missing = run("rec_jax.train", "--config=configs/nothing.py", f"--workdir={tmp_path}", code=2)
+    assert "config file 'configs/nothing.py' does not exist" in missing.stderr
