@@ -121,14 +121,18 @@ def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
     shapes, shardings = state_shardings(task, mesh)
     checkpoints = Checkpoints(task.folder / "checkpoints")
     try:
-        iterator = prefetched(task.batches, task.loop.prefetch)
         progress, start = Progress(), checkpoints.latest_step() or 0
+        if start:
+            progress = Progress(**checkpoints.place(start)["progress"])
+            if start >= task.loop.total or progress.stopped:
+                if jax.process_index() == 0:
+                    print(f"{task.name or 'training'}: done at step {start}, best {progress.best} at step {progress.best_step}", flush=True)
+                return progress
+        iterator = prefetched(task.batches, task.loop.prefetch)
         if start:
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
             state = state_lib.TrainState(**checkpoints.restore(start, as_tree(like)))
-            place = checkpoints.place(start)
-            iterator.set_state(place["iterator"])  # type: ignore[attr-defined]
-            progress = Progress(**place["progress"])
+            iterator.set_state(checkpoints.place(start)["iterator"])  # type: ignore[attr-defined]
         else:
             params = mesh_lib.put(task.params, shardings.params)
             # A donated buffer must belong to the state alone, so the initial parameters are copied, not aliased.
@@ -173,7 +177,7 @@ class _Run:
     def to_the_end(self) -> Progress:
         loop = self.task.loop
         constants = mesh_lib.put(self.task.constants, mesh_lib.replicated(self.mesh))
-        if self.start and not self._finished(self.start):
+        if self.start:
             self.display.say(f"going on from step {self.start} of {self.task.folder}")
         step = self.start
         try:
