@@ -91,7 +91,8 @@ def defaults() -> ConfigDict:
     c.objectives = ConfigDict()  # every objective with weight > 0 takes part in the loss
     c.objectives.info_nce = ConfigDict()
     c.objectives.info_nce.weight = 1.0
-    c.objectives.info_nce.candidates = "catalogue"  # batch: the targets of the global batch | catalogue: all items
+    # batch: the targets of the global batch | catalogue: all items (where texts are encoded in the step, by their vectors at its start)
+    c.objectives.info_nce.candidates = "catalogue"
     c.objectives.info_nce.temperature = 0.07  # start value if learned
     c.objectives.info_nce.learn_temperature = True
     c.objectives.info_nce.log_q = 1.0  # strength of the log Q correction of batch candidates; 0 = off

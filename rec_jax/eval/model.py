@@ -80,7 +80,7 @@ class Model:
       prepared: the data.
       tokens: of each catalogue item.
       spec: of the towers.
-      table: text vectors of the catalogue [N, D_text]; None where the encoder is trained.
+      table: text vectors of the catalogue [N, D_text]; None where nothing needs them.
     """
 
     def __init__(self, config: Any, prepared: Prepared, tokens: Ragged, spec: two_tower.TwoTowerSpec, table: np.ndarray | None):
@@ -152,12 +152,20 @@ class Model:
         return EvalSet(whole.users[chosen], pick(whole.history), pick(whole.targets), whole.n_items)
 
 
-def make_model(config: Any, prepared: Prepared, tokens: Ragged, bert: tuple[Params, towers.BertSpec], say: Say) -> Model:
-    """The model that a stage's config describes, with its table of text vectors where the encoder is frozen."""
+def make_model(
+    config: Any, prepared: Prepared, tokens: Ragged, bert: tuple[Params, towers.BertSpec], say: Say, *, training: bool = False
+) -> Model:
+    """The model that a stage's config describes.
+
+    It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
+    candidates while it is trained (`training`): then queries and histories are encoded in the step, and the candidates are those of the stage's start.
+    """
     spec = two_tower.make_spec(
         config.towers, bert[1], texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items
     )
-    table = None if spec.encode else text_table(config, tokens, bert[0], spec.text, say)
+    nce = config.objectives.info_nce
+    needs_table = not spec.encode or (training and nce.weight > 0 and nce.candidates == "catalogue")
+    table = text_table(config, tokens, bert[0], spec.text, say) if needs_table else None
     return Model(config, prepared, tokens, spec, table)
 
 

@@ -98,7 +98,9 @@ def _stage(
     clock.part(
         f"stage {name}: model" if name else "model", plan.text_flops(bert[1], int(tokens.lengths().sum()), train=False) / speed / plan.SHARE
     )
-    model = model_lib.make_model(config, prepared, tokens, bert, clock.say)
+    if last is not None and "text" in last:
+        bert = (last["text"], bert[1])
+    model = model_lib.make_model(config, prepared, tokens, bert, clock.say, training=True)
     batches = stages.make_batches(config, prepared, tokens, mesh)
     task = stages.make_task(
         config,
