@@ -158,7 +158,7 @@ def make_model(
     """The model that a stage's config describes.
 
     It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
-    candidates while it is trained (`training`): then queries and histories are encoded in the step, and the candidates are those of the stage's start.
+    candidates while it is trained (`training`): then histories are encoded in the step, and the candidates are those of the stage's start.
     """
     spec = two_tower.make_spec(
         config.towers, bert[1], texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items
