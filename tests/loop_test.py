@@ -22,16 +22,16 @@ class Valid:
     def __init__(self, values, at_call=None, hook=None):
         self.values, self.at_call, self.hook, self.calls = values, at_call, hook, 0
 
-    def __call__(self, params):
+    def __call__(self, params, *, start=False):
         self.calls += 1
         if self.calls == self.at_call:
             self.hook()
         return {"valid/ndcg@10": self.values[min(self.calls, len(self.values)) - 1]}
 
 
-def run(folder, evaluate, mesh=None, **changes):
+def run(folder, evaluate, mesh=None, last=None, **changes):
     mesh = mesh or tiny.one_device()
-    return loop.train(tiny.task(tiny.config(**changes), folder, mesh=mesh, evaluate=evaluate), mesh)
+    return loop.train(tiny.task(tiny.config(**changes), folder, mesh=mesh, evaluate=evaluate, last=last), mesh)
 
 
 def lines(folder):
@@ -117,6 +117,19 @@ def test_early_stopping_keeps_the_best(tmp_path):
     assert evaluate.calls == 0, "a run that stopped early is finished"
 
 
+def test_a_stage_that_makes_nothing_better_leaves_the_weights_as_they_were(tmp_path):
+    changes = {"train.duration": "4 steps", "train.eval_every": "2 steps", "train.checkpoint_every": "2 steps"}
+    run(tmp_path / "first", Valid([0.3]), **changes)
+    before, _ = best_params(tmp_path / "first")
+    progress = run(tmp_path / "second", Valid([0.3, 0.2, 0.1]), last=before, **changes)
+    assert (progress.best, progress.best_step) == (0.3, 0)
+    assert [row["step"] for row in lines(tmp_path / "second") if "valid/ndcg@10" in row] == [0, 2, 4]
+    after, step = best_params(tmp_path / "second")
+    assert step == 0
+    assert_same(after, before)
+    assert run(tmp_path / "second", Valid([0.9]), last=before, **changes) == progress
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     changes = {"train.eval_every": "5 steps", "train.checkpoint_every": "100 steps"}
     hook = Valid([0.1], at_call=1, hook=lambda: signal.raise_signal(signal.SIGINT))
@@ -152,7 +165,7 @@ def test_optimizer_state_is_sharded_as_its_parameters(tmp_path):
 
 
 def test_metrics_log_goes_on_after_a_cut_line(tmp_path, capsys):
-    log = log_lib.MetricsLog(tmp_path, stage="s", step=0)
+    log = log_lib.MetricsLog(tmp_path, stage="s", step=None)
     log.write(1, {"train/loss": 1.5})
     log.write(2, {"train/loss": 1.25})
     log.close()

@@ -138,9 +138,12 @@ class Model:
             users, items, eval_set, ks=tuple(e.k), name=name, users_per_block=e.users_per_block, items_per_block=e.items_per_block
         )
 
-    def validate(self, params: Params) -> dict[str, float]:
-        """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""
-        self.validated = self.item_vectors(params)
+    def validate(self, params: Params, *, start: bool = False) -> dict[str, float]:
+        """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once).
+
+        At the `start` of a stage the table, where there is one, holds what the encoder would make: no pass of the encoder is needed.
+        """
+        self.validated = np.asarray(self._items(params, self.table)) if start and self.table is not None else self.item_vectors(params)
         return self.rank(params, self._valid_set(), name="valid", items=self.validated).metrics
 
     def _valid_set(self) -> EvalSet:
@@ -194,7 +197,8 @@ def best_params(folder: epath.PathLike) -> tuple[Params, int]:
         latest = checkpoints.latest_step()
         if latest is None:
             raise RecJaxError(f"no whole checkpoint at {checkpoints.folder}")
-        best = checkpoints.place(latest)["progress"]["best_step"] or latest
+        best = checkpoints.place(latest)["progress"]["best_step"]
+        best = latest if best is None else best
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like: dict[str, Any] = {}
         for name, (shape, dtype) in checkpoints.arrays(best).items():

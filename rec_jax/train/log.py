@@ -35,11 +35,11 @@ class MetricsLog:
     Args:
       folder: where the files are.
       stage: written into each line; "" for a run without stages.
-      step: the step that the run goes on from; 0 starts a new file.
+      step: the step that the run goes on from; None starts a new file.
       active: False in all processes but the first: nothing is written.
     """
 
-    def __init__(self, folder: epath.PathLike, *, stage: str, step: int, active: bool = True):
+    def __init__(self, folder: epath.PathLike, *, stage: str, step: int | None, active: bool = True):
         self._path = epath.Path(folder) / "metrics.jsonl"
         self._stage, self._active = stage, active
         self._remote = "://" in str(folder)
@@ -47,11 +47,11 @@ class MetricsLog:
         self._board = None
         if not active:
             return
-        if step and self._path.exists():
+        if step is not None and self._path.exists():
             self._lines = [line for line in self._path.read_text().splitlines() if _step_of(line, self._path) <= step]
         self._rewrite()
         if not self._remote:
-            self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step + 1)
+            self._board = tensorboardX.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=None if step is None else step + 1)
 
     def _rewrite(self) -> None:
         temporary = self._path.parent / "metrics.jsonl.tmp"

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,11 @@ from rec_jax.train.log import Display, MetricsLog, check_finite
 from rec_jax.train.step import Constants, StepSpec, make_train_step
 from rec_jax.types import RecJaxError
 
-Evaluate = Callable[[Any], dict[str, float]]  # params -> metrics of the validation split
+
+class Evaluate(Protocol):
+    """Parameters -> metrics of the validation split; `start` says that a stage has not moved them yet."""
+
+    def __call__(self, params: Any, *, start: bool = False) -> dict[str, float]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Task:
       constants: host arrays.
       rules: parameter name -> PartitionSpec.
       evaluate: params -> metrics of the validation split.
+      continues: the parameters were trained by a stage before. Then they are validated before the first step too, so that a stage that
+        makes nothing better leaves them as they were.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Task:
     constants: Constants
     rules: mesh_lib.Rules
     evaluate: Evaluate
+    continues: bool = False
 
 
 def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -121,15 +128,15 @@ def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
     shapes, shardings = state_shardings(task, mesh)
     checkpoints = Checkpoints(task.folder / "checkpoints")
     try:
-        progress, start = Progress(), checkpoints.latest_step() or 0
-        if start:
+        progress, start = Progress(), checkpoints.latest_step()
+        if start is not None:
             progress = Progress(**checkpoints.place(start)["progress"])
             if start >= task.loop.total or progress.stopped:
                 if jax.process_index() == 0:
                     print(f"{task.name or 'training'}: done at step {start}, best {progress.best} at step {progress.best_step}", flush=True)
                 return progress
         iterator = prefetched(task.batches, task.loop.prefetch)
-        if start:
+        if start is not None:
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
             state = state_lib.TrainState(**checkpoints.restore(start, as_tree(like)))
             iterator.set_state(checkpoints.place(start)["iterator"])  # type: ignore[attr-defined]
@@ -163,24 +170,34 @@ class _Run:
     """The state of a running loop."""
 
     def __init__(
-        self, task: Task, mesh: Any, checkpoints: Checkpoints, iterator: Any, step_fn: Any, state: Any, progress: Progress, start: int
+        self,
+        task: Task,
+        mesh: Any,
+        checkpoints: Checkpoints,
+        iterator: Any,
+        step_fn: Any,
+        state: Any,
+        progress: Progress,
+        start: int | None,
     ):
         self.task, self.mesh, self.checkpoints, self.iterator = task, mesh, checkpoints, iterator
-        self.step_fn, self.state, self.progress, self.start = step_fn, state, progress, start
+        self.step_fn, self.state, self.progress, self.resumed, self.start = step_fn, state, progress, start is not None, start or 0
         first = jax.process_index() == 0
         self.log = MetricsLog(task.folder, stage=task.name, step=start, active=first)
-        self.display = Display(task.name or "training", start=start, total=task.loop.total, active=first)
+        self.display = Display(task.name or "training", start=self.start, total=task.loop.total, active=first)
         self.learning_rate = optimizer_lib.schedule(task.optimizer)
         self.pending: tuple[int, Any, Any] | None = None
-        self.saved = start
+        self.saved = start  # None: nothing is on disk
 
     def to_the_end(self) -> Progress:
         loop = self.task.loop
         constants = mesh_lib.put(self.task.constants, mesh_lib.replicated(self.mesh))
-        if self.start:
+        if self.resumed:
             self.display.say(f"going on from step {self.start} of {self.task.folder}")
         step = self.start
         try:
+            if self.task.continues and not self.resumed:
+                self._evaluate(0)
             with _stop_signals() as stop_asked:
                 while not self._finished(step):
                     batch = next(self.iterator)
@@ -237,7 +254,7 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         self._collect()
         began, loop, progress = time.perf_counter(), self.task.loop, self.progress
-        metrics = self.task.evaluate(self.state.params)
+        metrics = self.task.evaluate(self.state.params, start=step == 0)
         if loop.monitor not in metrics:
             raise RecJaxError(f"config.train.monitor={loop.monitor!r} is not measured; there are {', '.join(sorted(metrics))}")
         value = metrics[loop.monitor]
