@@ -397,11 +397,13 @@ def _check_targets(target: np.ndarray, rows: int, items: int) -> None:
     in_order = np.sort(np.asarray(target), axis=1)
     twice = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1)
     if twice.any():
-        raise RecJaxError(f"target[{int(twice.argmax())}] = {target[int(twice.argmax())].tolist()} names an item twice; keep one of each")
+        raise RecJaxError(
+            f"target[{int(np.argmax(twice))}] = {target[int(np.argmax(twice))].tolist()} names an item twice; keep one of each"
+        )
 
 
 def _refuse_nan(nan: np.ndarray) -> None:
     if nan.any():
         raise RecJaxError(
-            f"row {int(nan.argmax())} of {len(nan)} has a NaN score ({int(nan.sum())} rows have); look for NaN in the vectors"
+            f"row {int(np.argmax(nan))} of {len(nan)} has a NaN score ({int(nan.sum())} rows have); look for NaN in the vectors"
         )

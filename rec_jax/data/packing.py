@@ -29,7 +29,7 @@ class Rows:
     def place(self, size: int) -> tuple[int, int, int] | None:
         """First row with room for `size` places -> (row, offset, segment from 1), or None."""
         room = (self._free >= size) & (self._used < self._per_row)
-        row = int(room.argmax())
+        row = int(np.argmax(room))
         if not room[row]:
             return None
         offset = self._length - int(self._free[row])
@@ -92,7 +92,7 @@ def pack_texts(texts: Ragged, *, rows: int, row_tokens: int, order: Sequence[int
     """
     lengths = texts.lengths()
     if len(lengths) and lengths.max() > row_tokens:
-        raise RecJaxError(f"text {int(lengths.argmax())} has {lengths.max()} tokens, a packed row {row_tokens}; raise batch.row_tokens")
+        raise RecJaxError(f"text {int(np.argmax(lengths))} has {lengths.max()} tokens, a packed row {row_tokens}; raise batch.row_tokens")
     waiting = np.argsort(-lengths, kind="stable") if order is None else np.asarray(order)
     while len(waiting):
         block = TextRows(rows, row_tokens)

@@ -75,7 +75,7 @@ def per_user(ranks: np.ndarray, *, ks: tuple[int, ...], names: tuple[str, ...] =
     none = ~(ranks > 0).any(1)
     if none.any():
         raise RecJaxError(
-            f"row {int(none.argmax())} of {len(ranks)} has no target ({int(none.sum())} rows have none); leave such users out"
+            f"row {int(np.argmax(none))} of {len(ranks)} has no target ({int(none.sum())} rows have none); leave such users out"
         )
     return {f"{name}@{k}": METRICS[name](ranks, k=k) for name in names for k in ks}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -84,7 +84,7 @@ class BertSpec:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"activation": ACTIVATIONS, "dtype": DTYPES, "remat": REMAT, "pooling": POOLINGS}
+        choices: dict[str, Iterable[str]] = {"activation": ACTIVATIONS, "dtype": DTYPES, "remat": REMAT, "pooling": POOLINGS}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise RecJaxError(f"BertSpec.{field}={getattr(self, field)!r}: expected one of {', '.join(allowed)}")
