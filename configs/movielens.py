@@ -12,14 +12,14 @@ Run time and figures on two CPU cores: README.md, "Results".
 
 from ml_collections import ConfigDict
 
-from rec_jax import config as config_lib
+from rec_jax.defaults import defaults
 
 PRESETS = ("", "smoke")
 
 
 def get_config(arg=None):
     """`smoke`: both stages in seconds, on few users and steps."""
-    c = config_lib.defaults()
+    c = defaults()
     c.data.reader = "movielens"
     c.data.path = "builtin:ml-latest-small"
     c.data.text.template = "{title} ({year}). {genres}"

@@ -6,14 +6,14 @@ ITEMS.tsv has `item_id` and text columns (title, categories, genres, brand, auth
 the whole catalogue; text vectors are made once. Run time and figures: README.md, "Results".
 """
 
-from rec_jax import config as config_lib
+from rec_jax.defaults import defaults
 
 PRESETS = ("", "smoke")
 
 
 def get_config(arg=None):
     """`smoke`: a few steps, to see that a file is read as it should be."""
-    c = config_lib.defaults()
+    c = defaults()
     c.data.reader = "sequences"
     c.data.on_bad.empty_text = "keep"
     c.data.text.max_tokens = 64

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from rec_jax.types import RecJaxError
 
 
-def main_of(main: Callable[[Sequence[str]], int]) -> None:
+def main_of(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:
     """Runs a command's main and exits: 0 done, 2 bad input (its message, no traceback), 130 stopped by the user."""
     # Tokenizer threads and forks deadlock, and orbax tells of every file at INFO level.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:] if argv is None else argv)
     except RecJaxError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2

@@ -24,19 +24,17 @@ def start_processes() -> None:
 
     Cloud TPU pods, SLURM and Kubernetes are recognised by jax; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
-    given = [k for k in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k in os.environ]
-    if len(given) == 3:
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        )
-    elif given:
-        raise RecJaxError(
-            f"only {', '.join(given)} set; several processes need JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        )
-    elif (
-        any(k in os.environ for k in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"))
-        and "," in os.environ.get("TPU_WORKER_HOSTNAMES", ",")
-    ) or (int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ):
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if name in os.environ]
+    if given and len(given) < len(names):
+        raise RecJaxError(f"only {', '.join(given)} set; several processes need all of {', '.join(names)}")
+    if given:
+        address, processes, process = (os.environ[name] for name in names)
+        jax.distributed.initialize(address, int(processes), int(process))
+        return
+    several_tpu_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    several_slurm_tasks = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if several_tpu_hosts or several_slurm_tasks:
         jax.distributed.initialize()
 
 
@@ -163,19 +161,3 @@ def gather_places(place: dict[str, Any]) -> dict[str, Any]:
     padded[: len(text)] = text
     places = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
     return {"shards": {name: shard for p in places for name, shard in p["shards"].items()}}
-
-
-def barrier(name: str, timeout_s: int) -> None:
-    """Waits for every process; one process alone returns at once. Raises after `timeout_s` seconds (a peer died or is stuck)."""
-    if jax.process_count() == 1:
-        return
-    from jax._src import distributed  # the public sync_global_devices has no timeout
-
-    client = distributed.global_state.client
-    assert client is not None, "several processes are running, so jax.distributed was initialised"
-    try:
-        client.wait_at_barrier(name, timeout_in_ms=timeout_s * 1000)
-    except Exception as e:
-        raise RecJaxError(
-            f"process {jax.process_index()} waited {timeout_s} s at barrier {name!r}; another process died or is stuck"
-        ) from e

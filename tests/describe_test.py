@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from rec_jax.cli import main_of
 from rec_jax.data import __main__ as data_main
 from rec_jax.data import describe
 
@@ -140,7 +141,8 @@ def test_terminal_gets_the_same_figures():
     ],
 )
 def test_errors_are_one_line(folder, capsys, flags, message):
-    assert data_main.main(["describe", f"--config={folder}/config.py", *flags]) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        main_of(data_main.main, ["describe", f"--config={folder}/config.py", *flags])
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]

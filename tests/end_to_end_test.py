@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 
+# One device, as a user has it, not the eight of the other tests.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 TITLES = [f"{color} {thing}" for color in ("Red", "Green", "Blue", "Black") for thing in ("Car", "House", "Bird", "Tree", "Boat", "Shoe")]
 FLAGS = [
     "--config.batch.history_length=16",
@@ -28,7 +30,7 @@ def command(*words):
 
 
 def run(*words, code=0):
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=240, check=False, env=ENVIRONMENT)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
@@ -69,7 +71,7 @@ def test_the_workdir_has_everything(workdir):
 
 
 def test_killed_and_started_again_it_ends_with_the_same_figures(data, workdir, tmp_path):
-    process = subprocess.Popen(command(*train(data, tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*train(data, tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and '"step": 7' in metrics.read_text()):
         assert process.poll() is None, "ended before it could be killed"
@@ -111,3 +113,49 @@ def test_bad_words_get_one_clear_message(data, workdir, tmp_path):
     assert "no workdir" in run("rec_jax.eval", f"--workdir={tmp_path}/none", code=2).stderr
     missing = run("rec_jax.train", "--config=configs/nothing.py", f"--workdir={tmp_path}", code=2)
     assert "config file 'configs/nothing.py' does not exist" in missing.stderr
+
+
+CHAIN = '''
+from ml_collections import ConfigDict
+from rec_jax.defaults import defaults
+
+def get_config(arg=None):
+    """Histories written out as text train the encoder; a history tower goes on from it, frozen."""
+    c = defaults()
+    c.data.reader = "sequences"
+    c.data.on_bad.duplicate_event = "keep"
+    c.towers.dim = 16
+    c.train.update({"duration": "2 steps", "log_every": "1 steps", "eval_every": "1 steps", "checkpoint_every": "1 steps"})
+    c.batch.update({"shards": 2, "text_rows": 2, "user_rows": 2, "history_length": 8})
+    c.eval.baselines = ("popularity",)
+    c.optimizer.learning_rate = 1e-3
+    c.stages = ("written", "history")
+    c.stage.written = ConfigDict({
+        "towers": {"user": {"kind": "text"}, "text": {"source": "tokens"}},
+        "objectives": {"info_nce": {"candidates": "batch"}},
+        "train": {"eval_every": "2 steps"},  # its last step is its best, which has moved
+    })
+    c.stage.history = ConfigDict({"train": {"duration": "4 steps"}})
+    return c
+'''
+
+
+def test_a_frozen_stage_goes_on_from_the_encoder_that_the_last_one_trained(data, tmp_path):
+    (tmp_path / "chain.py").write_text(CHAIN)
+    workdir = tmp_path / "work"
+    words = [f"--config={tmp_path}/chain.py", f"--workdir={workdir}", f"--config.data.path={data}/events.txt"]
+    out = run("rec_jax.train", *words, f"--config.data.items={data}/items.tsv").stdout
+    assert out.index("written: 2 steps") < out.index("history: 4 steps") < out.index("test: items of the history removed")
+    lines = [json.loads(line) for line in (workdir / "history" / "metrics.jsonl").read_text().splitlines()]
+    watched = [row["valid/ndcg@10"] for row in lines if "valid/ndcg@10" in row]
+    assert len(watched) == 5, "the start of a later stage is validated too"
+    (kept,) = (workdir / "history").glob("item_vectors-*.npy")
+    vectors = np.load(kept)
+    kept.unlink()
+    run("rec_jax.eval", f"--workdir={workdir}", "--split=valid")
+    again = json.loads((workdir / "eval" / "valid.json").read_text())
+    assert again["valid/ndcg@10"] == pytest.approx(max(watched), abs=1e-6)
+    # Loading finds the trained encoder again: with the pretrained one, the vectors that it makes anew would be others.
+    np.testing.assert_allclose(np.load(kept), vectors, atol=1e-5)
+    texts = {file.name for file in (workdir / "history" / "eval").iterdir()}
+    assert texts == {"test.json", "valid.json"}

@@ -22,7 +22,7 @@ class Valid:
     def __init__(self, values, at_call=None, hook=None):
         self.values, self.at_call, self.hook, self.calls = values, at_call, hook, 0
 
-    def __call__(self, params, *, start=False):
+    def __call__(self, params, *, step):
         self.calls += 1
         if self.calls == self.at_call:
             self.hook()

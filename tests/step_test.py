@@ -61,8 +61,7 @@ def test_eight_devices_train_as_one_does(variant, tmp_path):
 
 def test_one_trace_donated_state_and_no_transfer(tmp_path):
     task, mesh = tiny.task(tiny.config(**FROZEN), tmp_path), tiny.one_device()
-    with jax.log_compiles(False):
-        _, state, step = run(task, mesh, 3)
+    _, state, step = run(task, mesh, 3)
     assert step._cache_size() == 1
     constants = mesh_lib.put(task.constants, mesh_lib.replicated(mesh))
     batch = mesh_lib.to_global(next(iter(task.batches)), mesh)

@@ -98,7 +98,7 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
         text_params=text_params,
         batches=batches,
         last=last,
-        evaluate=evaluate or (lambda params, *, start=False: {"valid/ndcg@10": 0.0}),
+        evaluate=evaluate or (lambda params, *, step: {"valid/ndcg@10": 0.0}),
     )
 
 

@@ -7,28 +7,22 @@ python -m rec_jax.data describe --config=configs/movielens.py
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rec_jax import config as config_lib
-from rec_jax.types import RecJaxError
+from rec_jax.cli import main_of
 
 COMMANDS = ("prepare", "describe")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command -> exit code: 0, or 2 where the input or the config is at fault."""
+    """Runs one command -> exit code."""
     parser = argparse.ArgumentParser("python -m rec_jax.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--config", required=True, help="config file, maybe with a preset: configs/x.py:smoke")
-    try:
-        args, overrides = config_lib.parse_args(parser, argv)
-        config = config_lib.load(args.config, overrides)
-        _run(args.command, config)
-    except RecJaxError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    args, overrides = config_lib.parse_args(parser, argv)
+    _run(args.command, config_lib.load(args.config, overrides))
     return 0
 
 
@@ -46,4 +40,4 @@ def _run(command: str, config: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_of(main)

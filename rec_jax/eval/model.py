@@ -85,9 +85,7 @@ class Model:
 
     def __init__(self, config: Any, prepared: Prepared, tokens: Ragged, spec: two_tower.TwoTowerSpec, table: np.ndarray | None):
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
-        self.validated: np.ndarray | None = (
-            None  # catalogue vectors of the last validation: a pass of the encoder that need not be repeated
-        )
+        self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
         self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
         self._text_users = jax.jit(
@@ -96,10 +94,16 @@ class Model:
             )
         )
 
-    def item_vectors(self, params: Params) -> np.ndarray:
-        """Vectors of the whole catalogue [N, D]; encodes every text where the encoder is part of the parameters."""
+    def item_vectors(self, params: Params, *, step: int | None = None) -> np.ndarray:
+        """Vectors of the whole catalogue [N, D]; encodes every text where the encoder is part of the parameters.
+
+        At step 0 of a stage the table, where there is one, holds what the encoder would make: it is taken instead. The vectors of the last
+        validation are taken too, where they are of this step.
+        """
+        if step is not None and self.validated is not None and self.validated[0] == step:
+            return self.validated[1]
         text_vectors = self.table
-        if self.spec.encode:
+        if self.spec.encode and (step != 0 or text_vectors is None):
             blocks = text_blocks(self.tokens, self.config.batch.row_tokens)
             text_vectors = two_tower.encode_blocks(params["text"], self.spec.text, blocks, len(self.tokens))
         return np.asarray(self._items(params, text_vectors))
@@ -138,13 +142,11 @@ class Model:
             users, items, eval_set, ks=tuple(e.k), name=name, users_per_block=e.users_per_block, items_per_block=e.items_per_block
         )
 
-    def validate(self, params: Params, *, start: bool = False) -> dict[str, float]:
-        """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once).
-
-        At the `start` of a stage the table, where there is one, holds what the encoder would make: no pass of the encoder is needed.
-        """
-        self.validated = np.asarray(self._items(params, self.table)) if start and self.table is not None else self.item_vectors(params)
-        return self.rank(params, self._valid_set(), name="valid", items=self.validated).metrics
+    def validate(self, params: Params, *, step: int) -> dict[str, float]:
+        """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""
+        items = self.item_vectors(params, step=step)
+        self.validated = step, items
+        return self.rank(params, self._valid_set(), name="valid", items=items).metrics
 
     def _valid_set(self) -> EvalSet:
         whole, most = self.prepared.eval_set("valid"), self.config.eval.max_users
@@ -156,19 +158,17 @@ class Model:
 
 
 def make_model(
-    config: Any, prepared: Prepared, tokens: Ragged, bert: tuple[Params, towers.BertSpec], say: Say, *, training: bool = False
+    config: Any, prepared: Prepared, tokens: Ragged, bert: tuple[Params, towers.BertSpec], say: Say, *, candidates: bool = False
 ) -> Model:
     """The model that a stage's config describes.
 
     It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
-    candidates while it is trained (`training`): then histories are encoded in the step, and the candidates are those of the stage's start.
+    `candidates` while it is trained: then histories are encoded in the step, and the candidates are those of the stage's start.
     """
     spec = two_tower.make_spec(
         config.towers, bert[1], texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items
     )
-    nce = config.objectives.info_nce
-    needs_table = not spec.encode or (training and nce.weight > 0 and nce.candidates == "catalogue")
-    table = text_table(config, tokens, bert[0], spec.text, say) if needs_table else None
+    table = text_table(config, tokens, bert[0], spec.text, say) if candidates or not spec.encode else None
     return Model(config, prepared, tokens, spec, table)
 
 
@@ -247,6 +247,16 @@ class Trained:
     items: np.ndarray
 
 
+def _encoder_of(whole: Any, workdir: epath.Path, name: str | None) -> tuple[Params, towers.BertSpec]:
+    """The encoder that a stage begins with: that of the last stage before it that trained one, else the pretrained one."""
+    pretrained = load_encoder(whole)
+    before = whole.stages[: whole.stages.index(name)] if name else ()
+    for stage in reversed(before):
+        if config_lib.for_stage(whole, stage).towers.text.source == "tokens":
+            return best_params(workdir / stage)[0]["text"], pretrained[1]
+    return pretrained
+
+
 def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print) -> Trained:
     """The trained model of a workdir: the best checkpoint of a stage, the last one by default.
 
@@ -261,5 +271,6 @@ def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print)
     folder = epath.Path(workdir) / name if name else epath.Path(workdir)
     params, step = best_params(folder)
     prepared = prepare(config)
-    model = make_model(config, prepared, text.catalogue_tokens(config, prepared), load_encoder(config), say)
+    encoder = _encoder_of(whole, epath.Path(workdir), name)
+    model = make_model(config, prepared, text.catalogue_tokens(config, prepared), encoder, say)
     return Trained(model, params, step, item_vectors(folder, step, model, params))

@@ -1,7 +1,7 @@
 """Vectors -> loss: pure functions of arrays that never see params."""
 
-from rec_jax.losses.blockwise import softmax_cross_entropy, weighted_softmax_cross_entropy
 from rec_jax.losses.contrastive import info_nce, weighted_info_nce
+from rec_jax.losses.cross_entropy import softmax_cross_entropy, weighted_softmax_cross_entropy
 from rec_jax.losses.pointwise import bce, bce_with_negatives
 
 __all__ = ["bce", "bce_with_negatives", "info_nce", "softmax_cross_entropy", "weighted_info_nce", "weighted_softmax_cross_entropy"]

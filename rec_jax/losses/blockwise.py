@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
+from rec_jax.losses.checks import check_shape, check_vectors
 from rec_jax.types import Array, RecJaxError
 
-# Elements of a block of logits: 16 MB of float32. Measured on 2 cores with tests/bench/info_nce.py --blocks: larger is no
-# faster, smaller reads the gradient of the candidates too often. At least _MIN_BLOCK rows, or matmuls turn memory-bound.
+# Elements of a block of logits: 16 MB of float32, about the best of tests/bench/info_nce.py --blocks on 2 cores. Smaller blocks
+# read the gradient of the candidates more often. At least _MIN_BLOCK rows, or matmuls turn memory-bound.
 _BLOCK_ELEMENTS = 1 << 22
 _MIN_BLOCK = 128
 # Rows of a block of candidates come in this multiple: vector width of the matmul kernels.
@@ -71,111 +72,6 @@ class _Wanted:
 
 
 RowLoss = Callable[[Statistics, Any], Any]  # (statistics of a block of queries, their positives' logits) -> loss per query
-
-
-def softmax_cross_entropy(
-    query: Array,
-    item: Array,
-    target: Array,
-    *,
-    scale: Any,
-    bias: Array | None = None,
-    target_bias: Array | None = None,
-    query_ids: Array | None = None,
-    item_ids: Array | None = None,
-    item_mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    block: int | None = None,
-) -> jax.Array:
-    """query [B, D], item [N, D], target [B] -> loss [B]: cross-entropy of softmax(scale * query @ item.T + bias) at the target.
-
-    Differentiable in query, item, scale, bias and target_bias. The gradients are computed in a second pass; a sum of
-    weighted losses is faster with `weighted_softmax_cross_entropy`.
-
-    Args:
-      query: [B, D] float.
-      item: [N, D] float, the candidates; the same item may stand there several times.
-      target: [B] int32, row of `item`. Negative = no target: loss and gradients are 0. Beyond N: the loss is NaN.
-      scale: scalar, e.g. 1 / temperature; may be traced and learned.
-      bias: [N] added to the logits of a candidate; -inf leaves it out.
-      target_bias: [B] stands in for bias[target] in the target's own logit.
-      query_ids: [B] int32, id of each query's target; candidates of that id, other than the target itself, are left out.
-      item_ids: [N] int32.
-      item_mask: [N] bool, False for padding. A query whose target is padding has an infinite loss.
-      label_smoothing: share of the target's weight that is spread evenly over the query's candidates, target included; in [0, 1).
-      block: candidates per block; None chooses.
-
-    Raises:
-      RecJaxError: shapes that do not fit, label_smoothing outside [0, 1), block < 1.
-
-    Reference: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
-    """
-    _check_block(block)
-    row_loss = cross_entropy_of(label_smoothing)
-    operands, positive, valid = prepare(query, item, target, scale, bias, target_bias, query_ids, item_ids, item_mask)
-    statistics = candidate_statistics(operands, totals=label_smoothing > 0, block=block)
-    return jnp.where(valid, row_loss(statistics, positive), 0)
-
-
-def weighted_softmax_cross_entropy(
-    query: Array,
-    item: Array,
-    target: Array,
-    *,
-    weights: Array,
-    scale: Any,
-    bias: Array | None = None,
-    target_bias: Array | None = None,
-    query_ids: Array | None = None,
-    item_ids: Array | None = None,
-    item_mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    block: int | None = None,
-) -> jax.Array:
-    """query [B, D], item [N, D], target [B], weights [B] -> sum_i weights_i * softmax_cross_entropy_i, a scalar: the fast form.
-
-    Under differentiation the gradients are made in the forward pass; without it only the loss is computed. A query of
-    weight 0 adds exactly nothing to value and gradients, whatever its vector holds. Differentiable in nonzero weights too.
-
-    Args:
-      weights: [B] float; for a mean over the real places: mask / mask.sum().
-      block: queries per block; None chooses.
-      others: as in `softmax_cross_entropy`.
-
-    Raises:
-      RecJaxError: shapes that do not fit, label_smoothing outside [0, 1), block < 1.
-
-    Reference: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (no logits in memory);
-    Hsu et al. 2024, "Liger Kernel" (gradients in the forward pass).
-    """
-    _check_block(block)
-    row_loss = cross_entropy_of(label_smoothing)
-    check_vectors(query, item)
-    check_shape("weights", weights, np.shape(query)[:1], "one weight per query")
-    check_shape("target", target, np.shape(query)[:1], "one row of item per query")
-    target = jnp.where(jnp.asarray(weights) != 0, target, -1)
-    operands, positive, valid = prepare(query, item, target, scale, bias, target_bias, query_ids, item_ids, item_mask)
-    weights = jnp.where(valid, weights, 0)
-    return weighted_row_loss(row_loss, operands, positive, weights, totals=label_smoothing > 0, block=block)
-
-
-def cross_entropy_of(label_smoothing: float) -> RowLoss:
-    """The row loss -log softmax at the positive, with its weight (1 - label_smoothing) + label_smoothing / candidates.
-
-    Raises:
-      RecJaxError: label_smoothing outside [0, 1).
-    """
-    if not 0 <= label_smoothing < 1:
-        raise RecJaxError(f"label_smoothing is {label_smoothing!r}; expected a number in [0, 1): set 0 to turn it off")
-    return functools.partial(_cross_entropy, label_smoothing=label_smoothing)
-
-
-def _cross_entropy(statistics: Statistics, positive: Any, *, label_smoothing: float) -> Any:
-    loss = jax.nn.softplus(statistics.log_sum_exp - positive)
-    if label_smoothing:
-        mean = (statistics.total + positive) / (statistics.count + 1)
-        loss = loss + label_smoothing * (positive - mean)
-    return loss
 
 
 def prepare(
@@ -482,26 +378,3 @@ def _even_block(rows: int, block: int, align: int) -> int:
     """Block size, a multiple of `align`, that covers the rows with as many blocks as `block` needs, evenly."""
     blocks = max(1, -(-rows // block))
     return max(align, -(-rows // (blocks * align)) * align)
-
-
-def _check_block(block: int | None) -> None:
-    if block is not None and block < 1:
-        raise RecJaxError(f"block is {block!r}; expected at least 1, or None for a block chosen by size")
-
-
-def check_vectors(query: Any, item: Any) -> None:
-    """Raises RecJaxError unless query is [B, D], item [N, D], of one width and float."""
-    shapes = np.shape(query), np.shape(item)
-    if any(len(s) != 2 for s in shapes) or shapes[0][1] != shapes[1][1]:
-        raise RecJaxError(f"query has shape {shapes[0]} and item {shapes[1]}; expected [B, D] and [N, D]: one width D for both")
-    if 0 in shapes[1]:
-        raise RecJaxError(f"item has shape {shapes[1]}; expected at least one candidate of width 1 or more")
-    for name, value in (("query", query), ("item", item)):
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise RecJaxError(f"{name} has dtype {value.dtype}; expected a float type: cast it")
-
-
-def check_shape(name: str, value: Any, shape: tuple[int, ...], what: str) -> None:
-    """Raises RecJaxError unless value has the shape."""
-    if np.shape(value) != shape:
-        raise RecJaxError(f"{name} has shape {np.shape(value)}; expected {shape} ({what}): pass it in that shape")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rec_jax.losses import blockwise
+from rec_jax.losses import checks, cross_entropy
 from rec_jax.types import Array, RecJaxError
 
 LOG_Q_FORMS = ("negatives", "all")
@@ -73,7 +73,7 @@ def info_nce(
     row_weights, directions = _directions(
         query, item, temperature, target, weights, log_q, log_q_strength, log_q_form, query_ids, item_ids, item_mask, symmetric
     )
-    losses = [blockwise.softmax_cross_entropy(**d, label_smoothing=label_smoothing, block=block) for d in directions]
+    losses = [cross_entropy.softmax_cross_entropy(**d, label_smoothing=label_smoothing, block=block) for d in directions]
     loss = sum(losses[1:], losses[0]) / len(losses)
     return loss if row_weights is None else jnp.where(row_weights != 0, row_weights * loss, 0)
 
@@ -111,7 +111,7 @@ def weighted_info_nce(
         query, item, temperature, target, weights, log_q, log_q_strength, log_q_form, query_ids, item_ids, item_mask, symmetric
     )
     losses = [
-        blockwise.weighted_softmax_cross_entropy(**d, weights=weights, label_smoothing=label_smoothing, block=block) for d in directions
+        cross_entropy.weighted_softmax_cross_entropy(**d, weights=weights, label_smoothing=label_smoothing, block=block) for d in directions
     ]
     return sum(losses[1:], losses[0]) / len(losses)
 
@@ -131,7 +131,7 @@ def _directions(
     symmetric: bool,
 ) -> tuple[jax.Array | None, list[dict[str, Any]]]:
     """Checks -> (weights, arguments of a cross-entropy for query -> item and, if symmetric, for item -> query)."""
-    blockwise.check_vectors(query, item)
+    checks.check_vectors(query, item)
     b, n = query.shape[0], item.shape[0]
     if target is None:
         if n < b:
@@ -139,14 +139,14 @@ def _directions(
                 f"item has {n} rows for {b} queries; expected at least {b}, row i being the positive of query i: else pass target"
             )
         target = jnp.arange(b, dtype=jnp.int32)
-    blockwise.check_shape("target", target, (b,), "one row of item per query")
+    checks.check_shape("target", target, (b,), "one row of item per query")
     target = jnp.asarray(target)
     if weights is not None:
-        blockwise.check_shape("weights", weights, (b,), "one weight per query")
+        checks.check_shape("weights", weights, (b,), "one weight per query")
         weights = jnp.asarray(weights)
         target = jnp.where(weights != 0, target, -1)
     if item_ids is not None:
-        blockwise.check_shape("item_ids", item_ids, (n,), "one id per candidate")
+        checks.check_shape("item_ids", item_ids, (n,), "one id per candidate")
         if query_ids is None:
             query_ids = jnp.take(jnp.asarray(item_ids), jnp.maximum(target, 0), mode="clip")
 
@@ -181,7 +181,7 @@ def _directions(
 
 def _scale(temperature: Any) -> Any:
     """1 / temperature; a value that is known before tracing is checked."""
-    blockwise.check_shape("temperature", temperature, (), "a scalar")
+    checks.check_shape("temperature", temperature, (), "a scalar")
     if not isinstance(temperature, jax.core.Tracer) and not (0 < float(temperature) < float("inf")):
         raise RecJaxError(f"temperature is {temperature!r}; expected a finite number > 0, e.g. 0.07: logits are divided by it")
     return 1 / temperature
@@ -195,7 +195,7 @@ def _log_q_bias(
         raise RecJaxError(f"log_q_form is {form!r}; expected one of {', '.join(LOG_Q_FORMS)}, or None to choose by item_ids")
     if log_q is None:
         return None, None
-    blockwise.check_shape("log_q", log_q, (n,), "the log sampling probability of each candidate")
+    checks.check_shape("log_q", log_q, (n,), "the log sampling probability of each candidate")
     log_q = jax.lax.stop_gradient(jnp.asarray(log_q, jnp.float32))
     if (form or ("negatives" if item_ids is not None else "all")) == "all":
         return -strength * log_q, None

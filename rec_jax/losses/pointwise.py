@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rec_jax.losses.blockwise import check_shape, check_vectors
+from rec_jax.losses.checks import check_shape, check_vectors
 from rec_jax.types import Array, RecJaxError
 
 

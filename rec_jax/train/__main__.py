@@ -23,7 +23,7 @@ from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import final
 from rec_jax.eval import model as model_lib
 from rec_jax.serve.recommend import Recommender, as_text
-from rec_jax.train import loop, plan, stages
+from rec_jax.train import loop, objectives, plan, stages
 from rec_jax.train.log import duration
 from rec_jax.types import Params, Ragged
 
@@ -68,9 +68,12 @@ def main(argv: Sequence[str]) -> int:
         stage = config_lib.for_stage(config, name) if name else config
         folder = workdir / name if name else workdir
         last = _stage(stage, name, folder, prepared, tokens, bert, last, mesh, speed, clock)
+        bert = (last.get("text", bert[0]), bert[1])  # an encoder that a stage trained is the next stages'
 
     if jax.process_index() == 0:
-        clock.part("test: the model and its baselines, every user against the whole catalogue")
+        ease = "ease" in config.eval.baselines and prepared.n_items <= config.eval.ease_max_items
+        expected = 10 + plan.test_flops(prepared.n_items, ease=ease) / speed / plan.STEP_SHARE
+        clock.part("test: the model and its baselines, every user against the whole catalogue", expected)
         final.run(workdir, say=clock.say)
         _examples(config, workdir, clock)
         clock.part("done")
@@ -95,12 +98,10 @@ def _stage(
     """Trains one stage -> parameters of its best checkpoint."""
     if name:
         stages.keep_config(config, folder)
-    clock.part(
-        f"stage {name}: model" if name else "model", plan.text_flops(bert[1], int(tokens.lengths().sum()), train=False) / speed / plan.SHARE
-    )
-    if last is not None and "text" in last:
-        bert = (last["text"], bert[1])
-    model = model_lib.make_model(config, prepared, tokens, bert, clock.say, training=True)
+    catalogue = any(o.catalogue for o in objectives.make_objectives(config.objectives.to_dict()))
+    encoding = plan.text_flops(bert[1], int(tokens.lengths().sum()), train=False) / speed / plan.TEXT_SHARE
+    clock.part(f"{name or 'model'}: text vectors, if they are not kept yet", encoding)
+    model = model_lib.make_model(config, prepared, tokens, bert, clock.say, candidates=catalogue)
     batches = stages.make_batches(config, prepared, tokens, mesh)
     task = stages.make_task(
         config,
@@ -114,14 +115,16 @@ def _stage(
         last=last,
         evaluate=model.validate,
     )
-    catalogue = any(o.catalogue for o in task.spec.objectives)
     flops = plan.step_flops(model.spec, batches.spec, n_items=prepared.n_items, catalogue=catalogue)
     parameters = sum(int(np.size(x)) for x in jax.tree.leaves(task.params))
-    clock.part(f"training {name}: {task.loop.total} steps, {parameters:,} parameters", task.loop.total * flops / speed / plan.SHARE)
-    progress = loop.train(task, mesh)
-    if model.spec.encode and model.validated is not None and progress.best_step == task.loop.total:
-        model_lib.keep_item_vectors(folder, task.loop.total, model.validated)
-    return model_lib.best_params(folder)[0]
+    share = plan.TEXT_SHARE if model.spec.encode else plan.STEP_SHARE
+    expected = task.loop.total * flops / speed / share + (encoding * task.loop.total / task.loop.eval_every if model.spec.encode else 0)
+    clock.part(f"{name or 'model'}: {task.loop.total} steps, {parameters:,} parameters, validation", expected)
+    loop.train(task, mesh)
+    params, step = model_lib.best_params(folder)
+    if model.validated is not None:  # else it was trained before, and its vectors are kept already or are made when they are asked for
+        model_lib.keep_item_vectors(folder, step, model.item_vectors(params, step=step))
+    return params
 
 
 def _examples(config: Any, workdir: epath.Path, clock: _Clock) -> None:

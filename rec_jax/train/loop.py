@@ -26,9 +26,9 @@ from rec_jax.types import RecJaxError
 
 
 class Evaluate(Protocol):
-    """Parameters -> metrics of the validation split; `start` says that a stage has not moved them yet."""
+    """Parameters of a step -> metrics of the validation split; step 0 is the start of a stage, which has not moved them yet."""
 
-    def __call__(self, params: Any, *, start: bool = False) -> dict[str, float]: ...
+    def __call__(self, params: Any, *, step: int) -> dict[str, float]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         self._collect()
         began, loop, progress = time.perf_counter(), self.task.loop, self.progress
-        metrics = self.task.evaluate(self.state.params, start=step == 0)
+        metrics = self.task.evaluate(self.state.params, step=step)
         if loop.monitor not in metrics:
             raise RecJaxError(f"config.train.monitor={loop.monitor!r} is not measured; there are {', '.join(sorted(metrics))}")
         value = metrics[loop.monitor]

@@ -85,7 +85,7 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
     """InfoNCE of every query against the targets of the global batch, or against the whole catalogue -> (loss, metrics).
 
     Reference: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018), section 2.3; log Q after
-    Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (2019), section 4.
+    Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (2019), section 3.
     """
     query = outputs.user.reshape(-1, outputs.user.shape[-1])
     ids, tau = target_ids(batch).reshape(-1), temperature(context.scalars, spec)

@@ -139,7 +139,6 @@ def make_task(
         prefetch=train.prefetch,
         seed=config.seed,
     )
-    needs_table = not towers.encode or any(o.catalogue for o in spec.objectives)
-    constants = Constants(table=table if needs_table else None, log_q=np.asarray(log_frequencies(prepared.item_counts())))
+    constants = Constants(table=table, log_q=np.asarray(log_frequencies(prepared.item_counts())))
     params = make_params(config, spec, text_params=text_params, table=table, last=last)
     return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, config.mesh.rules, evaluate, last is not None)
