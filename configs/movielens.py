@@ -7,7 +7,7 @@
 2. `finetune`: the same towers with the encoder in the step, a short while. Candidates are the catalogue as the stage found it. Its start is
    validated too: if nothing becomes better, the weights stay as they were.
 
-Run time and figures on two CPU cores: README.md, "Results".
+On two CPU cores about 6 minutes; test NDCG@10 .048, HR@10 .093 with the history's items removed (README.md, "What comes out").
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,8 @@
     python -m rec_jax.train --config=configs/sequences.py --config.data.path=FILE --config.data.items=ITEMS.tsv --workdir=DIR
 
 ITEMS.tsv has `item_id` and text columns (title, categories, genres, brand, author, description). Each history place is trained against
-the whole catalogue; text vectors are made once. Run time and figures: README.md, "Results".
+the whole catalogue; text vectors are made once. Amazon Beauty (22,363 users, 12,101 items) on two CPU cores: about 6 minutes when nothing
+else runs; test NDCG@10 .048, HR@10 .085 with the history's items removed (README.md, "Other data").
 """
 
 from rec_jax.defaults import defaults

@@ -1,4 +1,4 @@
-"""rec_jax trains large-model recommenders in JAX and Flax: text, history, IDs and features in; vectors, rankings and a serving bundle out.
+"""rec_jax trains large-model recommenders in JAX and Flax: text, history and IDs in; vectors, rankings and recommendations out.
 
 The rooms, in the order in which data flows: `data` makes batches of files, `towers` makes vectors of batches, `losses` compares
 vectors, `train` moves the parameters, `eval` ranks the full catalogue, `serve` answers. Importing this package imports none of them;
