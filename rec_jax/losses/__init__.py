@@ -3,5 +3,14 @@
 from rec_jax.losses.contrastive import info_nce, weighted_info_nce
 from rec_jax.losses.cross_entropy import softmax_cross_entropy, weighted_softmax_cross_entropy
 from rec_jax.losses.pointwise import bce, bce_with_negatives
+from rec_jax.losses.softmax import Candidates
 
-__all__ = ["bce", "bce_with_negatives", "info_nce", "softmax_cross_entropy", "weighted_info_nce", "weighted_softmax_cross_entropy"]
+__all__ = [
+    "Candidates",
+    "bce",
+    "bce_with_negatives",
+    "info_nce",
+    "softmax_cross_entropy",
+    "weighted_info_nce",
+    "weighted_softmax_cross_entropy",
+]

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over many candidates, on the streaming folds of `blockwise`: per example, and as a weighted sum."""
+"""Softmax cross-entropy over many candidates, on the streaming folds: per example, and as a weighted sum."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from rec_jax.losses.blockwise import RowLoss, Statistics, candidate_statistics, prepare, weighted_row_loss
+from rec_jax.losses import softmax
+from rec_jax.losses.blockwise import Axis
 from rec_jax.losses.checks import check_block, check_shape, check_vectors
+from rec_jax.losses.forward_gradients import RowLoss, Statistics
 from rec_jax.types import Array, RecJaxError
 
 
@@ -27,6 +30,8 @@ def softmax_cross_entropy(
     item_mask: Array | None = None,
     label_smoothing: float = 0.0,
     block: int | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis | None = None,
 ) -> jax.Array:
     """query [B, D], item [N, D], target [B] -> loss [B]: cross-entropy of softmax(scale * query @ item.T + bias) at the target.
 
@@ -45,17 +50,19 @@ def softmax_cross_entropy(
       item_mask: [N] bool, False for padding. A query whose target is padding has an infinite loss.
       label_smoothing: share of the target's weight that is spread evenly over the query's candidates, target included; in [0, 1).
       block: candidates per block; None chooses.
+      mesh: with `axis`, queries and candidates are sharded by rows over that mesh axis (or axes); the smaller side goes round.
+      axis: a name or several. There a target beyond N counts as none found: logit 0.
 
     Raises:
-      RecJaxError: shapes that do not fit, label_smoothing outside [0, 1), block < 1.
+      RecJaxError: shapes that do not fit, label_smoothing outside [0, 1), block < 1, an axis that is not in the mesh, rows that its devices
+        do not divide.
 
     Reference: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    check_block(block)
-    row_loss = cross_entropy_of(label_smoothing)
-    operands, positive, valid = prepare(query, item, target, scale, bias, target_bias, query_ids, item_ids, item_mask)
-    statistics = candidate_statistics(operands, totals=label_smoothing > 0, block=block)
-    return jnp.where(valid, row_loss(statistics, positive), 0)
+    row_loss, problem = _problem(
+        query, item, target, None, scale, bias, target_bias, query_ids, item_ids, item_mask, label_smoothing, block, mesh, axis
+    )
+    return softmax.losses(problem, row_loss, totals=label_smoothing > 0, block=block)
 
 
 def weighted_softmax_cross_entropy(
@@ -72,10 +79,12 @@ def weighted_softmax_cross_entropy(
     item_mask: Array | None = None,
     label_smoothing: float = 0.0,
     block: int | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis | None = None,
 ) -> jax.Array:
     """query [B, D], item [N, D], target [B], weights [B] -> sum_i weights_i * softmax_cross_entropy_i, a scalar: the fast form.
 
-    Under differentiation the gradients are made in the forward pass; without it only the loss is computed. A query of
+    Under differentiation the gradients are made in the forward pass (on one device); without it only the loss is computed. A query of
     weight 0 adds exactly nothing to value and gradients, whatever its vector holds. Differentiable in nonzero weights too.
 
     Args:
@@ -84,36 +93,81 @@ def weighted_softmax_cross_entropy(
       others: as in `softmax_cross_entropy`.
 
     Raises:
-      RecJaxError: shapes that do not fit, label_smoothing outside [0, 1), block < 1.
-
-    Reference: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (no logits in memory);
-    Hsu et al. 2024, "Liger Kernel" (gradients in the forward pass).
+      RecJaxError: as in `softmax_cross_entropy`.
     """
+    check_vectors(query, item)
+    check_shape("weights", weights, np.shape(query)[:1], "one weight per query")
+    row_loss, problem = _problem(
+        query, item, target, weights, scale, bias, target_bias, query_ids, item_ids, item_mask, label_smoothing, block, mesh, axis
+    )
+    return softmax.weighted_loss(problem, row_loss, weights, totals=label_smoothing > 0, block=block)
+
+
+def _problem(
+    query: Array,
+    item: Array,
+    target: Array,
+    weights: Array | None,
+    scale: Any,
+    bias: Array | None,
+    target_bias: Array | None,
+    query_ids: Array | None,
+    item_ids: Array | None,
+    item_mask: Array | None,
+    label_smoothing: float,
+    block: int | None,
+    mesh: Mesh | None,
+    axis: Axis | None,
+) -> tuple[RowLoss, softmax.Problem]:
     check_block(block)
     row_loss = cross_entropy_of(label_smoothing)
     check_vectors(query, item)
-    check_shape("weights", weights, np.shape(query)[:1], "one weight per query")
     check_shape("target", target, np.shape(query)[:1], "one row of item per query")
-    target = jnp.where(jnp.asarray(weights) != 0, target, -1)
-    operands, positive, valid = prepare(query, item, target, scale, bias, target_bias, query_ids, item_ids, item_mask)
-    weights = jnp.where(valid, weights, 0)
-    return weighted_row_loss(row_loss, operands, positive, weights, totals=label_smoothing > 0, block=block)
+    problem = softmax.make_problem(
+        query,
+        item,
+        scale=scale,
+        target=target,
+        bias=bias,
+        target_bias=target_bias,
+        query_ids=query_ids,
+        item_ids=item_ids,
+        item_mask=item_mask,
+        weights=weights,
+        mesh=mesh,
+        axis=axis,
+    )
+    return row_loss, softmax.smaller_side_travels(problem)
 
 
-def cross_entropy_of(label_smoothing: float) -> RowLoss:
+def cross_entropy_of(label_smoothing: float = 0.0) -> RowLoss:
     """The row loss -log softmax at the positive, with its weight (1 - label_smoothing) + label_smoothing / candidates.
+
+    Several positives: the mean of their losses, each against the candidates that are no positives.
 
     Raises:
       RecJaxError: label_smoothing outside [0, 1).
+
+    Reference: Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2 (the sum over positives outside the logarithm), here with the
+    other positives left out of each denominator.
     """
     if not 0 <= label_smoothing < 1:
         raise RecJaxError(f"label_smoothing is {label_smoothing!r}; expected a number in [0, 1): set 0 to turn it off")
     return functools.partial(_cross_entropy, label_smoothing=label_smoothing)
 
 
-def _cross_entropy(statistics: Statistics, positive: Any, *, label_smoothing: float) -> Any:
-    loss = jax.nn.softplus(statistics.log_sum_exp - positive)
+def _cross_entropy(kept: Statistics, positives: softmax.Positives, *, label_smoothing: float) -> Any:
+    kept = softmax.with_hard(kept, positives)
+    loss = mean_of_positives(jax.nn.softplus(kept.log_sum_exp[:, None] - positives.logits), positives)
     if label_smoothing:
-        mean = (statistics.total + positive) / (statistics.count + 1)
-        loss = loss + label_smoothing * (positive - mean)
+        mean = (kept.total + (positives.logits * positives.there).sum(1)) / (kept.count + positives.there.sum(1))
+        loss = loss + label_smoothing * (mean_of_positives(positives.logits, positives) - mean)
     return loss
+
+
+def mean_of_positives(values: Any, positives: softmax.Positives) -> Any:
+    """values [B, K] -> mean over each query's positives [B]."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    there = positives.there > 0
+    return jnp.where(there, values, 0).sum(1) / jnp.maximum(positives.there.sum(1), 1)

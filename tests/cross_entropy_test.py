@@ -1,4 +1,4 @@
-"""The streaming folds against a naive float64 softmax: values, gradients, masks, blocks, memory, sharding."""
+"""Softmax cross-entropy on the streaming folds against a naive float64 softmax: values, gradients, masks, blocks, memory, sharding."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rec_jax.losses import blockwise, softmax_cross_entropy, weighted_softmax_cross_entropy
+from rec_jax.losses import blockwise, forward_gradients, softmax_cross_entropy, weighted_softmax_cross_entropy
 from rec_jax.types import RecJaxError
 
 B, N, D = 21, 75, 8
@@ -369,11 +369,11 @@ def test_no_matrix_in_the_program():
 
     a = {"query": jax.ShapeDtypeStruct((b, D), jnp.float32), "item": jax.ShapeDtypeStruct((n, D), jnp.float32)}
     target = jax.ShapeDtypeStruct((b,), jnp.int32)
-    for form in FORMS.values():
-        jaxpr = jax.make_jaxpr(jax.grad(lambda a, t, form=form: form(**a, target=t, scale=1.0, weights=jnp.ones(b))))(a, target)
-        largest = max(shapes(jaxpr.jaxpr))
+    for form, block in (("weighted", forward_gradients._BLOCK_ELEMENTS), ("per_example", b * blockwise._SHORTEST)):
+        run = lambda a, t, form=form: FORMS[form](**a, target=t, scale=1.0, weights=jnp.ones(b))
+        largest = max(shapes(jax.make_jaxpr(jax.grad(run))(a, target).jaxpr))
         # The blocks are seen, and nothing larger.
-        assert blockwise._BLOCK_ELEMENTS // 2 < largest < 2 * blockwise._BLOCK_ELEMENTS < b * n // 8
+        assert block // 2 < largest < 2 * block < b * n // 8
 
 
 BAD = {
