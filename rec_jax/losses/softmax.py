@@ -1,8 +1,8 @@
 """What the softmax losses share: queries, their positives, and one or several sets of candidates -> a loss per query, or a weighted sum.
 
 A query's positives are left out of the fold, which gives the log-sum-exp of the others; their own logits are computed apart. So a
-cross-entropy is softplus(log-sum-exp of the others - positive's logit): never negative, and exact where the loss is tiny. Further sets of candidates
-and negatives of a single query join by `logaddexp`.
+cross-entropy is softplus(log-sum-exp of the others - positive's logit): never negative, and exact where the loss is tiny. Further sets of
+candidates and negatives of a single query join by `logaddexp`.
 """
 
 from __future__ import annotations
