@@ -148,6 +148,7 @@ def fold(
     check_axis(mesh, axis, queries=query.vectors.shape[0], candidates=item.vectors.shape[0])
     plan = _Plan(of_query, of_item, block, mesh, axis, travelling)
     dtype = item.bias.dtype
+    query, item = (side._replace(row=jnp.arange(side.vectors.shape[0], dtype=jnp.int32)) for side in (query, item))
     return _fold(plan, query, item, jnp.asarray(scale, dtype), jnp.asarray(teacher_scale, dtype))
 
 
@@ -178,7 +179,7 @@ def _fold_backward(plan: _Plan, residuals: Any, cotangents: Any) -> Any:
 
     def like(side: Side, gradients: _Gradients) -> Side:
         vectors = None if gradients.vectors is None else gradients.vectors.astype(side.vectors.dtype)
-        return Side(vectors, None, None, gradients.bias, gradients.shift, None)
+        return Side(vectors, None, None, gradients.bias, gradients.shift)
 
     return like(query, of_query), like(item, of_item), d_scale, None
 
@@ -365,5 +366,8 @@ def join(tree: Any, rows: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tree)
 
 
+_FILL = {"bias": -np.inf, "row": -1}
+
+
 def _fill(path: Any) -> float:
-    return -np.inf if path and getattr(path[-1], "name", "") == "bias" else 0
+    return _FILL.get(getattr(path[-1], "name", ""), 0) if path else 0

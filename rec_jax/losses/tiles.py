@@ -17,6 +17,8 @@ import jax.numpy as jnp
 NO_POSITIVE = -1  # numbers of a query's empty places, and ids that equal nothing
 NO_CANDIDATE = -2  # numbers of padding among the candidates
 
+_NO_ROW = 2**31 - 1
+
 QUERIES, CANDIDATES = 1, 0  # whose statistics: the axis of a tile that they fold over
 
 
@@ -30,6 +32,7 @@ class Side(NamedTuple):
       bias: [n], added to the logits that the other side's statistics see; -inf takes the row out of them.
       shift: [n] or None, added to the logits that this side's own statistics see.
       teacher: [n, E] or None, vectors whose products are the teacher's logits.
+      row: [n] int32, the row's own number among all rows of its side; `fold` sets it.
     """
 
     vectors: Any
@@ -38,6 +41,7 @@ class Side(NamedTuple):
     bias: Any
     shift: Any = None
     teacher: Any = None
+    row: Any = None
 
 
 class Tile(NamedTuple):
@@ -49,6 +53,7 @@ class Tile(NamedTuple):
       positive: [r, c] bool, the query's positives among the candidates.
       same: [r, c] bool or None, pairs that an equal id leaves out.
       teacher: [r, c] the teacher's logits or None.
+      others: the rows' numbers of the other side, to broadcast with the tile.
       axis: the axis that is folded: QUERIES or CANDIDATES.
     """
 
@@ -57,6 +62,7 @@ class Tile(NamedTuple):
     positive: Any
     same: Any
     teacher: Any
+    others: Any
     axis: int
 
     def pairs(self, over: str) -> Any:
@@ -211,32 +217,32 @@ class ActiveCount(_Sum):
 
 @dataclasses.dataclass(frozen=True)
 class Maximum:
-    """The highest logit, of all or of those below 0; -inf where there is none. Its gradient is shared evenly by equal ones."""
+    """The highest logit, of all or of those below 0, and the row of the other side that has it; -inf where there is none.
+
+    Of equal ones the first row counts. It is remembered, for logits that are computed again need not be equal to the last bit.
+    """
 
     over: str = "others"
     below_zero: bool = False
 
     def start(self, rows: int, dtype: Any) -> Any:
-        return jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype)
-
-    def _logits(self, tile: Tile) -> Any:
-        pairs = tile.pairs(self.over)
-        return jnp.where(pairs & (tile.logits < 0) if self.below_zero else pairs, tile.logits, -jnp.inf)
+        return jnp.full(rows, -jnp.inf, dtype), jnp.full(rows, _NO_ROW, jnp.int32)
 
     def add(self, state: Any, tile: Tile) -> Any:
-        peak, ties = state
-        logits = self._logits(tile)
-        new_peak = jnp.maximum(peak, logits.max(tile.axis))
-        here = ((logits == tile.spread(new_peak)) & (logits > -jnp.inf)).sum(tile.axis).astype(ties.dtype)
-        return new_peak, jnp.where(peak == new_peak, ties, 0) + here
+        peak, row = state
+        pairs = tile.pairs(self.over)
+        logits = jnp.where(pairs & (tile.logits < 0) if self.below_zero else pairs, tile.logits, -jnp.inf)
+        here = logits.max(tile.axis)
+        is_here = (logits == tile.spread(here)) & (logits > -jnp.inf)
+        first = jnp.where(is_here, tile.others, _NO_ROW).min(tile.axis)
+        better = (here > peak) | ((here == peak) & (first < row))
+        return jnp.where(better, here, peak), jnp.where(better, first, row)
 
     def finish(self, state: Any) -> Any:
         return state
 
     def d_logits(self, value: Any, cotangent: Any, tile: Tile) -> Any:
-        peak, ties = value
-        logits, share = self._logits(tile), cotangent[0] / jnp.maximum(ties, 1)
-        return jnp.where((logits == tile.spread(peak)) & (logits > -jnp.inf), tile.spread(share), 0)
+        return jnp.where(tile.others == tile.spread(value[1]), tile.spread(cotangent[0]), 0)
 
 
 class Expectation(NamedTuple):
@@ -316,5 +322,5 @@ def tiles(query: Side, item: Side, scale: Any, teacher_scale: Any, *, axes: tupl
         seen = logits + jnp.expand_dims(jnp.where(other.bias == -jnp.inf, 0, other.bias), 1 - axis)
         if own.shift is not None:
             seen = seen + jnp.expand_dims(own.shift, axis)
-        out.append(Tile(seen, there, positive, same, teacher, axis))
+        out.append(Tile(seen, there, positive, same, teacher, jnp.expand_dims(other.row, 1 - axis), axis))
     return tuple(out)
