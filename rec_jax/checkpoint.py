@@ -32,7 +32,7 @@ class Checkpoints:
 
     Args:
       folder: made if it does not exist, unless read_only.
-      read_only: neither writes nor deletes; the folder must exist.
+      read_only: neither writes nor deletes; the folder must exist. Each process reads for itself: the others need not.
       latest: how many of the newest are kept.
 
     Raises:
@@ -44,15 +44,24 @@ class Checkpoints:
         if read_only and not self.folder.exists():
             raise RecJaxError(f"no checkpoints at {self.folder}: train first, or give another --workdir")
         self._policy = _LatestAndBest(latest)
+        processes = ocp.options.MultiprocessingOptions()
+        if read_only:
+            here = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"{here}")
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "place": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=processes),
+                "place": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=True,
                 save_root_metadata=False,
+                multiprocessing_options=processes,
+                create=not read_only,
             ),
         )
 

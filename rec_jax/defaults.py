@@ -16,6 +16,7 @@ def defaults() -> ConfigDict:
     c.data.items = ""  # items file, for readers that take one beside the events (sequences: TSV with item_id and text columns)
     c.data.columns = ConfigDict({"user": "user", "item": "item", "time": "", "rating": ""})  # reader "table": names in the file; "" = none
     c.data.cache = ""  # where prepared data is kept; "" = $REC_JAX_CACHE or ~/.cache/rec_jax; may be gs://...
+    c.data.negatives = ""  # file of mined negatives that each example carries, made by `python -m rec_jax.eval.mine`; "" = none
     c.data.on_bad = ConfigDict()  # what to do with bad input: "error" stops, "skip" drops it, counts it and reports it
     c.data.on_bad.bad_row = "error"  # wrong number of fields, or a field that is no number
     c.data.on_bad.bad_encoding = "error"  # bytes that are not of the file's encoding
@@ -44,6 +45,7 @@ def defaults() -> ConfigDict:
     c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
     c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
     c.batch.row_tokens = 64  # T, tokens of a packed row
+    c.batch.chunk_rows = 0  # packed text rows of a shard that the encoder takes at a time, to save memory; 0 = all. Changes no gradient
     c.batch.user_rows = 16  # R of written-out histories; only for the text user tower
     c.batch.user_history = 8  # newest items that a written-out history names; only for the text user tower
 
@@ -75,16 +77,45 @@ def defaults() -> ConfigDict:
     c.objectives.info_nce.weight = 1.0
     # batch: the targets of the global batch | catalogue: all items (where texts are encoded in the step, by their vectors at its start)
     c.objectives.info_nce.candidates = "catalogue"
+    c.objectives.info_nce.shard_catalogue = False  # each device holds its rows of the catalogue alone, and the queries go round them
     c.objectives.info_nce.temperature = 0.07  # start value if learned
     c.objectives.info_nce.learn_temperature = True
+    c.objectives.info_nce.min_temperature = 0.01  # bounds of the learned one
+    c.objectives.info_nce.max_temperature = 1.0
     c.objectives.info_nce.log_q = 1.0  # strength of the log Q correction of batch candidates; 0 = off
     c.objectives.info_nce.mask_equal = True  # candidates with the target's id are no negatives
     c.objectives.info_nce.symmetric = False  # also item -> user; batch candidates only
-    c.objectives.info_nce.label_smoothing = 0.0  # catalogue candidates only
+    c.objectives.info_nce.label_smoothing = 0.0
+    c.objectives.info_nce.positives = 1  # that many next items of a history are positives of each place
+    # The keys down to `hard` go with batch candidates, and join them
+    c.objectives.info_nce.queue = 0  # item vectors kept of earlier batches as negatives: a multiple of shards x places of a shard; 0 = off
+    c.objectives.info_nce.momentum = 0.0  # decay of the momentum encoder that makes the candidates, e.g. 0.999; 0 = the towers themselves
+    c.objectives.info_nce.uniform = 0  # catalogue items drawn uniformly per step as negatives; by their text vectors at the start
+    c.objectives.info_nce.hard = False  # also each query's mined negatives (data.negatives)
+    c.objectives.info_nce.form = "standard"  # standard | decoupled (no positive in the denominator) | debiased
+    c.objectives.info_nce.positive_prior = 0.0  # debiased: probability that a candidate is a positive
+    c.objectives.info_nce.matryoshka = ()  # widths below towers.dim whose prefixes are trained too
     c.objectives.bce = ConfigDict()
     c.objectives.bce.weight = 0.0
     c.objectives.bce.negatives = 16  # batch targets drawn per query as negatives
     c.objectives.bce.scale = 10.0  # logit = scale * dot product + bias; both learned
+    c.objectives.sigmoid = ConfigDict()  # every pair of the global batch is classified
+    c.objectives.sigmoid.weight = 0.0
+    c.objectives.sigmoid.scale = 10.0  # start values; both learned
+    c.objectives.sigmoid.bias = -10.0
+    c.objectives.sigmoid.mask_equal = True
+    c.objectives.triplet = ConfigDict()
+    c.objectives.triplet.weight = 0.0
+    c.objectives.triplet.margin = 0.2
+    c.objectives.triplet.mining = "hard"  # hard | semi_hard | all
+    c.objectives.simcse = ConfigDict()  # two dropout views of each item text: view -> other view; needs towers.text.dropout
+    c.objectives.simcse.weight = 0.0
+    c.objectives.simcse.temperature = 0.05
+    c.objectives.simcse.ramp = 0  # steps over which the weight rises from 0; 0 = at once
+    c.objectives.simclr = ConfigDict()  # the same, each view against all views
+    c.objectives.simclr.weight = 0.0
+    c.objectives.simclr.temperature = 0.1
+    c.objectives.simclr.ramp = 0
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-3
@@ -113,7 +144,10 @@ def defaults() -> ConfigDict:
     c.mesh.data = -1  # devices along each axis; -1 = all that are left
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
-    c.mesh.rules = ((".*", ()),)  # (regex, PartitionSpec as a tuple); the first match wins, an unmatched parameter is an error
+    c.mesh.layout = "replicated"  # replicated | sharded (kernels and embedding tables over fsdp and tensor) | none: the rules below alone
+    # (regex, PartitionSpec as a tuple), tried before the layout's (rec_jax.mesh.LAYOUTS); the first match wins, an unmatched parameter is
+    # an error. A rule may go on with further specs, for arrays that the first does not divide
+    c.mesh.rules = ()
 
     c.eval = ConfigDict()
     c.eval.k = (5, 10, 20)

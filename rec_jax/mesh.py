@@ -1,9 +1,10 @@
-"""The mesh from the config, parameter names -> PartitionSpecs, host-local <-> global arrays, start of several processes."""
+"""The mesh from the config, parameter names -> PartitionSpecs, host-local <-> global arrays.
+
+Several processes of one run, and what they tell each other, are in `processes`.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,26 +17,54 @@ from rec_jax.types import RecJaxError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the shard axis G of a batch lies over both: fsdp devices hold parts of parameters, not copies of data
-Rules = Sequence[tuple[str, Sequence[Any]]]
+# Ordered (regex of the whole name, spec, further specs ...): the first rule that matches decides, by its first spec that divides the array.
+Rules = Sequence[tuple[Any, ...]]
+
+_BOTH = ("fsdp", "tensor")
+# Kernels lie over fsdp along one axis and over tensor along the other, so that the two matmuls of a block meet in one sum over tensor;
+# embedding tables lie by rows. The specs behind the first are for sizes that the mesh does not divide; () is whole on every device.
+# Reference: Shoeybi et al., "Megatron-LM" (2019), section 3.
+SHARDED: Rules = (
+    (r"ids/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
+    (r"text/embeddings/word/embedding", (_BOTH,), ("fsdp", "tensor"), (None, _BOTH), ("fsdp",), (None, "fsdp"), ()),
+    (r".*/(position|token_type)/embedding", ("fsdp",), (None, "fsdp"), ()),
+    (r"user/layer_\d+/out/kernel", ("tensor", None, "fsdp"), (None, None, "fsdp"), ()),  # [heads, width, D]
+    (r".*/(out|down|mlp_out)/kernel", ("tensor", "fsdp"), (None, "fsdp"), ()),
+    (r".*/kernel", ("fsdp", "tensor"), ("fsdp",), ()),
+    (r".*/(bias|scale)", ()),
+    (r"scalars/.*", ()),
+)
+LAYOUTS: dict[str, Rules] = {"replicated": ((r".*", ()),), "sharded": SHARDED, "none": ()}
 
 
-def start_processes() -> None:
-    """Joins the processes of this run, where the environment says that there are several; else does nothing.
+def rules_of(layout: str, rules: Rules) -> Rules:
+    """`config.mesh.layout` and `config.mesh.rules` -> all rules, the config's own first.
 
-    Cloud TPU pods, SLURM and Kubernetes are recognised by jax; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Raises:
+      RecJaxError: an unknown layout, a rule that is none, a regex that is none, an axis that no mesh has.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if name in os.environ]
-    if given and len(given) < len(names):
-        raise RecJaxError(f"only {', '.join(given)} set; several processes need all of {', '.join(names)}")
-    if given:
-        address, processes, process = (os.environ[name] for name in names)
-        jax.distributed.initialize(address, int(processes), int(process))
-        return
-    several_tpu_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    several_slurm_tasks = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    if several_tpu_hosts or several_slurm_tasks:
-        jax.distributed.initialize()
+    if layout not in LAYOUTS:
+        raise RecJaxError(f"config.mesh.layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    for number, rule in enumerate(rules):
+        place = f"config.mesh.rules[{number}]={rule!r}"
+        if not isinstance(rule, (tuple, list)) or len(rule) < 2 or not isinstance(rule[0], str):
+            raise RecJaxError(f"{place}: expected (regex, spec), e.g. ('ids/embedding', ('fsdp', None))")
+        try:
+            re.compile(rule[0])
+        except re.error as e:
+            raise RecJaxError(f"{place}: {rule[0]!r} is no regular expression: {e}") from None
+        for spec in rule[1:]:
+            if not isinstance(spec, (tuple, list)):
+                raise RecJaxError(f"{place}: {spec!r} is no spec: for each axis of the array a mesh axis, a tuple of them or None")
+            for axis in _axes(spec):
+                if axis not in AXES:
+                    raise RecJaxError(f"{place} names the axis {axis!r}; the mesh has {', '.join(AXES)}")
+    return (*rules, *LAYOUTS[layout])
+
+
+def _axes(spec: Sequence[Any]) -> list[Any]:
+    """The mesh axes that a spec names."""
+    return [axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else tuple(axes or ()))]
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -87,37 +116,61 @@ def path_name(path: Any) -> str:
 def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
     """A tree of arrays or shapes -> the same tree of NamedShardings, by the first rule whose regex matches the whole name.
 
-    A spec shorter than an array's rank leaves the last axes whole; scalars are replicated whatever the rules say.
+    A spec shorter than an array's rank leaves the last axes whole; scalars are replicated whatever the rules say. A rule may go on with
+    further specs: the first one that divides the array is taken.
 
     Raises:
-      RecJaxError: an array that no rule matches, a spec with an unknown axis, or one that does not divide the array.
+      RecJaxError: an array that no rule matches, a spec with an unknown axis, or a rule none of whose specs divides the array.
     """
-    compiled = [(re.compile(pattern), tuple(spec)) for pattern, spec in rules]
+    compiled = [(re.compile(pattern), specs) for pattern, *specs in rules]
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         name, shape = path_name(path), np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
         if not shape:
             return replicated(mesh)
-        for pattern, spec in compiled:
+        for pattern, specs in compiled:
             if pattern.fullmatch(name):
-                _check_spec(name, shape, spec, mesh)
-                return NamedSharding(mesh, PartitionSpec(*spec))
+                return NamedSharding(mesh, PartitionSpec(*_fitting(name, shape, specs, mesh)))
         raise RecJaxError(f"no rule of config.mesh.rules matches {name} {tuple(shape)}; add one, e.g. (r'{name}', ()) to replicate it")
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _check_spec(name: str, shape: Sequence[int], spec: Sequence[Any], mesh: Mesh) -> None:
-    if len(spec) > len(shape):
-        raise RecJaxError(f"config.mesh.rules gives {name} {tuple(shape)} the spec {spec}, which has more axes than the array")
-    for size, axes in zip(shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        for axis in names:
+def _fitting(name: str, shape: Sequence[int], specs: Sequence[Any], mesh: Mesh) -> tuple[Any, ...]:
+    """The first spec that divides the shape."""
+    refusals = []
+    for spec in specs:
+        for axis in _axes(spec):
             if axis not in mesh.shape:
                 raise RecJaxError(f"config.mesh.rules: {name} names the axis {axis!r}; the mesh has {', '.join(mesh.shape)}")
-        parts = int(np.prod([mesh.shape[a] for a in names]))
-        if size % parts:
-            raise RecJaxError(f"config.mesh.rules: {name} {tuple(shape)} does not divide into {parts} parts along {axes}")
+        if len(spec) > len(shape):
+            raise RecJaxError(f"config.mesh.rules gives {name} {tuple(shape)} the spec {spec}, which has more axes than the array")
+        parts = [int(np.prod([mesh.shape[a] for a in _axes((axes,))])) for axes in spec]
+        uneven = [(axes, n) for size, axes, n in zip(shape, spec, parts, strict=False) if size % n]
+        if not uneven:
+            return tuple(tuple(axes) if isinstance(axes, list) else axes for axes in spec)
+        refusals.append(f"into {uneven[0][1]} parts along {uneven[0][0]}")
+    raise RecJaxError(
+        f"config.mesh.rules: {name} {tuple(shape)} does not divide {', nor '.join(refusals)}; add a spec that does behind it in the rule, "
+        "e.g. () to replicate it"
+    )
+
+
+def bytes_per_device(shapes: Any, placed: Any) -> int:
+    """A tree of shapes and the same tree of shardings -> bytes of it on each device."""
+    sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, shapes, placed)
+    return sum(jax.tree.leaves(sizes))
+
+
+def over_batch(x: jax.Array) -> jax.Array:
+    """States, inside `jit`, that the leading axis of x [G or G * n, ...] lies over the batch axes; does nothing where no mesh is set.
+
+    XLA would else be free to split activations along a parameter's axes, and to move them at each layer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % int(np.prod([mesh.shape[a] for a in BATCH_AXES if a in mesh.shape])):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.shape)))
 
 
 def local_shards(shards: int, mesh: Mesh) -> range:
@@ -149,15 +202,17 @@ def put(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda i: np.asarray(x)[i]), tree, sharding)
 
 
-def gather_places(place: dict[str, Any]) -> dict[str, Any]:
-    """The iterator's place of this process -> that of all processes: each has the shards that it makes."""
-    if jax.process_count() == 1:
-        return place
-    from jax.experimental import multihost_utils
+def on_one_device(tree: Any) -> Any:
+    """Global arrays -> the same arrays, whole, on this process's first device; every process must call it."""
+    device = jax.local_devices()[0]
 
-    text = np.frombuffer(json.dumps(place).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.asarray(len(text))).max())
-    padded = np.full(longest, ord(" "), np.uint8)
-    padded[: len(text)] = text
-    places = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
-    return {"shards": {name: shard for p in places for name, shard in p["shards"].items()}}
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+            return x
+        if not x.is_fully_replicated:
+            assert isinstance(x.sharding, NamedSharding)
+            whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+            x = jax.jit(lambda y: y, out_shardings=whole)(x)
+        return next(s.data for s in x.addressable_shards if s.device == device)
+
+    return jax.tree.map(one, tree)

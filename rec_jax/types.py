@@ -87,6 +87,8 @@ class Batch:
       targets: [G, Q] int32 local, the item that follows each query (Q = H * S for a history tower), -1 is none.
       weights: [G, Q] float32, weight of each query in the loss; 0 for padding.
       examples: [G, E] int32, row of the users table behind each example, -1 is empty; for messages only.
+      negatives: [G, Q, K] int32 local, mined negatives of each query's user, -1 is none; an item of the query's own window is none.
+        None without `config.data.negatives`.
     """
 
     item_ids: Any
@@ -101,16 +103,29 @@ class Batch:
     user_tokens: Any = None
     user_segments: Any = None
     user_places: Any = None
+    negatives: Any = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Outputs:
-    """What the towers made of a batch: user [G, Q, D], item [G, M, D], and catalogue [N, D] where an objective ranks all of it."""
+    """What the towers made of a batch; what no objective asked for is None.
+
+    Attributes:
+      user: [G, Q, D].
+      item: [G, M, D].
+      catalogue: [N, D], vectors of all items.
+      views: [2, G, M, D], the batch's items by their texts alone, under two draws of dropout.
+      drawn: [U, D], vectors of the catalogue items `drawn_ids`.
+      drawn_ids: [U] int32, drawn uniformly from the catalogue, with replacement.
+    """
 
     user: Any
     item: Any
     catalogue: Any = None
+    views: Any = None
+    drawn: Any = None
+    drawn_ids: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -122,8 +137,17 @@ class Context:
       scalars: learned scalars by name, e.g. ``log_temperature``; empty where nothing is learned.
       log_q: [N] float32, log sampling frequency of each catalogue item in the training targets.
       rng: the step's key for this objective.
+      queue: item vectors of earlier batches {"vectors" [G, slots, Q, D], "ids" [G, slots, Q], -1 = empty}, or None.
+      momentum: what the momentum encoder made of the batch, without gradient, or None.
+      normalize: vectors have unit length, and so must their prefixes.
+      mesh, axes: the devices that the batch's shards lie on, and the mesh axes; None on one device.
     """
 
     scalars: Any
     log_q: Any
     rng: Any
+    queue: Any = None
+    momentum: Outputs | None = None
+    normalize: bool = dataclasses.field(default=False, metadata={"static": True})
+    mesh: Any = dataclasses.field(default=None, metadata={"static": True})
+    axes: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})

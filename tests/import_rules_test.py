@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Room (the first name below rec_jax) -> the other rooms that it may import. Every room is listed; a `__main__.py` may import any.
-BASE = {"types", "config", "mesh"}
+BASE = {"types", "config", "mesh", "processes"}
 ROOMS = {
     "__init__": set(),
     "types": set(),
     "cli": {"types"},
     "defaults": set(),
     "config": {"types", "defaults"},
-    "mesh": {"types", "config"},
+    "processes": {"types"},
+    "mesh": {"types", "config", "processes"},
     "checkpoint": {"types", "config", "mesh"},
     "topk": {"types", "config", "mesh", "checkpoint"},
     "data": BASE,

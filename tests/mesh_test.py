@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rec_jax import mesh
+from rec_jax import mesh, processes
 from rec_jax.types import RecJaxError
 
 
@@ -67,9 +67,9 @@ def test_shards_must_divide():
 def test_processes_need_all_three_variables(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(RecJaxError, match="only JAX_NUM_PROCESSES set"):
-        mesh.start_processes()
+        processes.start()
 
 
 def test_one_process_alone(monkeypatch):
-    assert mesh.gather_places({"shards": {"0": 1}}) == {"shards": {"0": 1}}
+    assert processes.gather({"shards": {"0": 1}}) == [{"shards": {"0": 1}}]
     assert jax.process_count() == 1

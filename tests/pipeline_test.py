@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 import tiny
 
-from rec_jax.data import pipeline
+from rec_jax.data import draft, pipeline
 from rec_jax.types import Ragged, RecJaxError
 
 KINDS = [("history", "frozen"), ("history", "tokens"), ("text", "tokens")]
 
 
-def make(kind="history", source="frozen", shards=None, seed=3, **changes):
+def make(kind="history", source="frozen", shards=None, seed=3, negatives=None, **changes):
     c = tiny.config(**{"towers.user.kind": kind, "towers.text.source": source, **changes})
     world = tiny.World()
     spec = pipeline.BatchSpec.from_config(c)
-    return pipeline.Batches(world.source(), world.train_lengths(), spec, seed=seed, texts=tiny.tokens(), shards=shards)
+    lengths, texts = world.train_lengths(), tiny.tokens()
+    return pipeline.Batches(world.source(), lengths, spec, seed=seed, texts=texts, negatives=negatives, shards=shards)
 
 
 def same(a, b):
@@ -118,8 +119,8 @@ def test_windows():
 
 def test_history_text_names_the_newest_first_and_is_cut():
     texts = Ragged.from_rows([[1, 10, 2], [1, 11, 12, 2], [1, 13, 2]])
-    np.testing.assert_array_equal(pipeline.history_text(texts, [0, 1, 2], 20), [1, 13, 2, 11, 12, 2, 10, 2])
-    np.testing.assert_array_equal(pipeline.history_text(texts, [0, 1, 2], 5), [1, 13, 2, 11, 2])
+    np.testing.assert_array_equal(draft.history_text(texts, [0, 1, 2], 20), [1, 13, 2, 11, 12, 2, 10, 2])
+    np.testing.assert_array_equal(draft.history_text(texts, [0, 1, 2], 5), [1, 13, 2, 11, 2])
 
 
 def test_bad_input():
@@ -134,3 +135,127 @@ def test_bad_input():
     iterator = iter(make())
     with pytest.raises(RecJaxError, match=r"batch.shards was changed"):
         iterator.set_state({"shards": {"0": {"next": 0, "waiting": []}}})
+
+
+def mined(k=4, seed=0):
+    """Negatives of the tiny world's users: some are items of their own windows, some are none."""
+    random = np.random.default_rng(seed)
+    table = np.stack([random.permutation(tiny.N_ITEMS)[:k] for _ in range(tiny.N_USERS)]).astype(np.int32)
+    table[::3, -1] = -1
+    table[5] = -1
+    return table
+
+
+def expected_negatives(table, user, window):
+    """What each query place of a window carries, as catalogue indices, item by item."""
+    return [-1 if item in window else item for item in table[user].tolist()]
+
+
+@pytest.mark.parametrize(("kind", "source"), KINDS)
+def test_each_place_carries_its_users_negatives_but_those_of_its_window(kind, source):
+    table = mined()
+    batches = make(kind, source, negatives=table, **{"batch.text_rows": 16})
+    users = {g: _Windows(batches, g) for g in range(8)}
+    iterator, seen = iter(batches), 0
+    for _ in range(4):
+        batch = next(iterator)
+        assert batch.negatives.shape == (*batch.targets.shape, 4)
+        assert batch.negatives.dtype == np.int32
+        for g in range(8):
+            ids = batch.item_ids[g]
+            named = np.append(ids, -1)[batch.negatives[g]]  # local -> catalogue, -1 stays
+            assert ((batch.negatives[g] < (ids >= 0).sum()) & (named >= -1)).all()
+            assert (batch.negatives[g][batch.weights[g] == 0] == -1).all(), "padding carries none"
+            for places, user, window in users[g].of(batch, g):
+                for place in places:
+                    assert named[place].tolist() == expected_negatives(table, user, window)
+                    assert ids[batch.targets[g, place]] not in named[place]
+                    seen += (named[place] >= 0).sum()
+            if source == "tokens":
+                per_row, texts = batches.spec.row_tokens // 8, tiny.tokens()
+                for local, item in enumerate(ids[ids >= 0]):
+                    row, segment = divmod(int(batch.item_places[g, local]), per_row)
+                    here = batch.item_segments[g, row] == segment + 1
+                    np.testing.assert_array_equal(batch.item_tokens[g, row][here], texts[int(item)])
+    assert seen > 500
+
+
+class _Windows:
+    """Of a shard's batches the examples in order: (query places, user, items of the window), read again from the endless order."""
+
+    def __init__(self, batches, shard):
+        self._batches, self._shard, self._next, self._waiting = batches, shard, 0, []
+
+    def of(self, batch, g):
+        """The examples of a batch, each found among those that have not come yet, by its user and what its places say."""
+        spec, ids = self._batches.spec, batch.item_ids[g]
+        if spec.user_kind == "text":
+            places = [[n] for n in range((batch.examples[g] >= 0).sum())]
+            inputs = [[] for _ in places]
+        else:
+            segments, flat = batch.history_segments[g], np.arange(spec.queries).reshape(batch.history[g].shape)
+            places = [flat[row][segments[row] == s].tolist() for row in range(len(segments)) for s in range(1, segments[row].max() + 1)]
+            inputs = [ids[batch.history[g].reshape(-1)[p]].tolist() for p in places]
+        there = collections.Counter(batch.examples[g][batch.examples[g] >= 0].tolist())
+        for here, items in zip(places, inputs, strict=True):
+            targets = ids[batch.targets[g][here]].tolist()
+            user, window = self._find(
+                lambda user, w, i=items, t=targets: there[user] and (not i or w.tolist() == [*i, t[-1]]) and t[0] in w
+            )
+            there[user] -= 1
+            yield here, user, set(window.tolist())
+        assert not +there
+
+    def _find(self, fits):
+        for number in [*self._waiting, *range(self._next, self._next + 200)]:
+            user, window = self._batches.example(number * 8 + self._shard)
+            if fits(user, window):
+                self._waiting = [n for n in [*self._waiting, *range(self._next, number)] if n != number]
+                self._next = max(self._next, number + 1)
+                return user, window
+        raise AssertionError("a window that is none of the order's")
+
+
+@pytest.mark.parametrize(("kind", "source"), KINDS)
+def test_with_negatives_it_goes_on_where_it_was_and_loses_no_example(kind, source):
+    new = lambda: make(kind, source, negatives=mined(), **{"batch.text_rows": 16})
+    order = new()
+    iterator, users = iter(order), collections.Counter()
+    for _ in range(5):
+        batch = next(iterator)
+        users.update(batch.examples[batch.examples >= 0].tolist())
+    place = iterator.get_state()
+    taken = collections.Counter(
+        order.example(number * 8 + int(shard))[0]
+        for shard, p in place["shards"].items()
+        for number in set(range(p["next"])) - set(p["waiting"])
+    )
+    assert users == taken
+    expected = [next(iterator) for _ in range(3)]
+    other = iter(new())
+    other.set_state(place)
+    assert all(same(next(other), e) for e in expected)
+
+
+def test_without_negatives_nothing_is_there_and_with_none_mined_only_the_empty_places_are():
+    plain, empty = make(), make(negatives=np.full((tiny.N_USERS, 2), -1, np.int32))
+    assert plain.spec.items == 64
+    # 32 places, windows of 9.6 places on average: 4 of them bring 2 negatives each.
+    assert empty.spec.items == 64 + 4 * 2
+    a, b = next(iter(plain)), next(iter(empty))
+    assert a.negatives is None
+    assert (b.negatives == -1).all()
+    np.testing.assert_array_equal(a.item_ids, b.item_ids[:, :64])
+    for name in ("history", "targets", "weights", "examples"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_budgets_that_hold_a_window_but_not_its_negatives_are_refused():
+    make(source="tokens", **{"batch.max_items": 17, "batch.text_rows": 4})
+    for kind, window in (("history", 17), ("text", 1)):
+        with pytest.raises(RecJaxError, match=rf"a window of {window} items and 4 mined negatives .* batch.max_items={window + 3} .*--k"):
+            make(kind, "tokens", negatives=mined(), **{"batch.max_items": window + 3})
+    with pytest.raises(RecJaxError, match=r"batch.text_rows=1 "):
+        make("text", "tokens", negatives=mined(8), **{"batch.text_rows": 1})
+    with pytest.raises(RecJaxError, match=r"negatives \(39, 4\).*U = 40"):
+        make(negatives=mined()[1:])

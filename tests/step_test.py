@@ -13,6 +13,7 @@ from rec_jax.train import loop, objectives
 from rec_jax.train import optimizer as optimizer_lib
 from rec_jax.train import state as state_lib
 from rec_jax.train import step as step_lib
+from rec_jax.train.objectives import info_nce
 from rec_jax.types import RecJaxError
 
 FROZEN = {"towers.text.source": "frozen", "towers.user.dropout": 0.2, "towers.item.ids": True}
@@ -139,14 +140,14 @@ def test_overfits_one_batch(tmp_path):
 
 
 def test_temperature_has_a_floor():
-    spec = objectives.InfoNCESpec("batch", 0.05, True, 1.0, True, False, 0.0)
-    assert float(objectives.temperature({"info_nce_log_temperature": jnp.log(0.05)}, spec)) == pytest.approx(0.05)
-    assert float(objectives.temperature({"info_nce_log_temperature": jnp.float32(-20.0)}, spec)) == pytest.approx(0.01)
+    spec = info_nce.InfoNCESpec("batch", 0.05, True, 1.0, True, False, 0.0)
+    assert float(info_nce.temperature({"info_nce_log_temperature": jnp.log(0.05)}, spec)) == pytest.approx(0.05)
+    assert float(info_nce.temperature({"info_nce_log_temperature": jnp.float32(-20.0)}, spec)) == pytest.approx(0.01)
 
 
 def test_bad_objectives():
     keys = tiny.config().objectives.to_dict()
-    with pytest.raises(RecJaxError, match="no such objective; there are info_nce, bce"):
+    with pytest.raises(RecJaxError, match="no such objective; there are info_nce, bce, sigmoid"):
         objectives.make_objectives({"infonce": {"weight": 1.0}})
     with pytest.raises(RecJaxError, match="needs batch candidates"):
         objectives.make_objectives({"info_nce": {**keys["info_nce"], "symmetric": True}})

@@ -215,3 +215,28 @@ def test_bad_input_is_refused():
         topk.top_k(query, item, k=3, exclude=exclude[:2])
     with pytest.raises(RecJaxError, match="not in the mesh"):
         topk.top_k(query, item, k=3, mesh=jax.make_mesh((8,), ("data",)), axis="model")
+
+
+@pytest.mark.parametrize("devices", [0, 1, 8])
+def test_named_items_scores_come_from_the_same_pass(devices):
+    query, item, target, options = crowd()
+    mesh = None
+    if devices:
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    shared = {**options, "block": 128, "mesh": mesh, "axis": "data" if devices else None}
+    whole_scores, whole_ids = topk.top_k(query, item, **{**options, "k": N})
+    scores, ids, own = topk.top_k_with_scores_of(query, item, target, **shared)
+    assert [bits(scores), bits(ids)] == [bits(whole_scores[:, :K]), bits(whole_ids[:, :K])], "a named item may be left out"
+    assert bits(own) == bits(topk.rank_and_top_k(query, item, target, **options).own)
+    left_out = 0
+    for row in range(Q):
+        found = dict(zip(whole_ids[row].tolist(), np.asarray(whole_scores[row]).tolist(), strict=True))
+        for place, i in enumerate(target[row].tolist()):
+            left_out += i >= 0 and i not in found
+            assert i < 0 or i not in found or found[i] == own[row, place]
+    assert left_out, "the target that is excluded too"
+    assert (own[target < 0] == 0).all()
+    with pytest.raises(RecJaxError, match="names item 1003"):
+        topk.top_k_with_scores_of(query, item, np.full((Q, 1), N), k=3)
+    with pytest.raises(RecJaxError, match="k=0"):
+        topk.top_k_with_scores_of(query, item, target, k=0)

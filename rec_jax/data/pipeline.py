@@ -14,53 +14,13 @@ import grain
 import jax
 import numpy as np
 
+from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.types import Batch, Ragged, RecJaxError
 
+__all__ = ["BatchIterator", "BatchSpec", "Batches", "Windows", "prefetched"]
+
 LOOK_AHEAD = 16  # examples that may wait for the next batch before a shard is closed
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSpec:
-    """Budgets of one shard, by the names of `config.batch`; `encode_items` is False where item vectors come from a table."""
-
-    shards: int
-    history_rows: int
-    history_length: int
-    max_items: int
-    text_rows: int
-    row_tokens: int
-    user_rows: int
-    user_history: int
-    user_kind: str
-    encode_items: bool
-
-    @classmethod
-    def from_config(cls, config: Any) -> BatchSpec:
-        """The budgets that a config states."""
-        b = config.batch
-        return cls(
-            shards=b.shards,
-            history_rows=b.history_rows,
-            history_length=b.history_length,
-            max_items=b.max_items,
-            text_rows=b.text_rows,
-            row_tokens=b.row_tokens,
-            user_rows=b.user_rows,
-            user_history=b.user_history,
-            user_kind=config.towers.user.kind,
-            encode_items=config.towers.text.source == "tokens",
-        )
-
-    @property
-    def items(self) -> int:
-        """M. Where nothing is encoded the only bound is the number of places: each window brings its length + 1 items."""
-        return self.max_items if self.encode_items else 2 * self.history_rows * self.history_length
-
-    @property
-    def queries(self) -> int:
-        """Q. A written-out history fills at least half a row, or two of them share one."""
-        return self.history_rows * self.history_length if self.user_kind == "history" else 2 * self.user_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +75,11 @@ class Batches(grain.IterDataset):
       spec: the budgets.
       seed: of the order, a new one each epoch.
       texts: tokens of each catalogue item, with [CLS] and [SEP]; needed where texts are encoded.
+      negatives: [U, K] int32, mined negatives of each user, -1 is none; they travel in `Batch.negatives`.
       shards: the global shards that this process makes; all by default.
 
     Raises:
-      RecJaxError: nothing to train on, a text or a window that no budget holds.
+      RecJaxError: nothing to train on, a text or a window that no budget holds, negatives of other users.
     """
 
     def __init__(
@@ -129,13 +90,18 @@ class Batches(grain.IterDataset):
         *,
         seed: int,
         texts: Ragged | None = None,
+        negatives: np.ndarray | None = None,
         shards: range | None = None,
     ):
         super().__init__()
         windows = Windows.of(np.asarray(train_lengths), spec.history_length if spec.user_kind == "history" else None)
         if not len(windows):
             raise RecJaxError("no user has two events to train on; look at `python -m rec_jax.data describe` and config.data.filter")
-        self.spec, self.seed, self.texts = spec, seed, texts
+        if negatives is not None:
+            if negatives.ndim != 2 or len(negatives) != len(train_lengths):
+                raise RecJaxError(f"negatives {negatives.shape}: expected [U, K] with U = {len(train_lengths)} users")
+            spec = spec.with_negatives(negatives.shape[1], float((windows.stop - windows.start - 1).mean()))
+        self.spec, self.seed, self.texts, self.negatives = spec, seed, texts, negatives
         self.examples_per_epoch = len(windows)
         self.shards = range(spec.shards) if shards is None else shards
         self._check(windows)
@@ -149,15 +115,19 @@ class Batches(grain.IterDataset):
         longest = int(self.texts.lengths().max()) if needs_text and self.texts is not None else 0
         if longest > s.row_tokens:
             raise RecJaxError(f"an item text has {longest} tokens, but batch.row_tokens={s.row_tokens}")
-        if s.encode_items and s.user_kind == "history":
-            # A window that alone overflows the item budget would wait for ever.
-            most = int((windows.stop - windows.start).max())
+        if s.encode_items:
+            # An example that alone overflows the item budget would wait for ever. A written-out history brings its target only.
+            window = int((windows.stop - windows.start).max()) if s.user_kind == "history" else 1
+            most = window + s.negatives
             rows = Rows(s.text_rows, s.row_tokens, TextRows(1, s.row_tokens).per_row)
             fits = all(rows.place(longest) is not None for _ in range(most))
             if most > s.max_items or not fits:
+                mined = f" and {s.negatives} mined negatives" if s.negatives else ""
+                fewer = ", or mine fewer negatives (--k)" if s.negatives else ""
                 raise RecJaxError(
-                    f"a window of {most} items of up to {longest} tokens does not fit one shard: raise batch.max_items={s.max_items} "
-                    f"or batch.text_rows={s.text_rows} (x {s.row_tokens} tokens), or lower batch.history_length={s.history_length}"
+                    f"a window of {window} items{mined} of up to {longest} tokens does not fit one shard: "
+                    f"raise batch.max_items={s.max_items} or batch.text_rows={s.text_rows} (x {s.row_tokens} tokens), "
+                    f"or lower batch.history_length={s.history_length}{fewer}"
                 )
 
     def __iter__(self) -> BatchIterator:
@@ -202,7 +172,8 @@ class _Shard:
 
     def fill(self) -> Batch:
         """The shard's next part of a batch (no shard axis)."""
-        draft = _Draft(self._batches)
+        b = self._batches
+        draft = Draft(b.spec, b.texts, b.negatives, b.seed)
         left: dict[int, tuple[int, np.ndarray]] = {}
         queue = iter(list(self._waiting.items()))
         while len(left) < LOOK_AHEAD and draft.has_room():
@@ -213,121 +184,6 @@ class _Shard:
                 left[number] = example
         self._waiting = {**left, **dict(queue)}
         return draft.batch()
-
-
-class _Draft:
-    """A shard's part of a batch as it fills."""
-
-    def __init__(self, batches: Batches):
-        self._batches, spec = batches, batches.spec
-        self._spec, self._texts = spec, batches.texts
-        self._index: dict[int, int] = {}
-        self._item_ids = np.full(spec.items, -1, np.int32)
-        self._item_places = np.zeros(spec.items, np.int32)
-        self._item_rows = TextRows(spec.text_rows, spec.row_tokens) if spec.encode_items else None
-        self._targets = np.full(spec.queries, -1, np.int32)
-        self._weights = np.zeros(spec.queries, np.float32)
-        self._examples: list[int] = []
-        if spec.user_kind == "history":
-            shape = (spec.history_rows, spec.history_length)
-            self._rows = Rows(*shape, per_row=shape[1])
-            self._history, self._segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
-        else:
-            self._user_rows = TextRows(spec.user_rows, spec.row_tokens)
-            self._user_places = np.zeros(spec.queries, np.int32)
-
-    def has_room(self) -> bool:
-        """Whether the smallest example could still fit."""
-        return self._rows.has_room() if self._spec.user_kind == "history" else self._user_rows.rows.has_room()
-
-    def add(self, user: int, items: np.ndarray, position: int) -> bool:
-        """Adds an example whole, or leaves the draft as it was and returns False."""
-        added = self._add_history(items) if self._spec.user_kind == "history" else self._add_text(items, position)
-        if added:
-            self._examples.append(user)
-        return added
-
-    def _add_history(self, items: np.ndarray) -> bool:
-        mark = self._rows.mark()
-        at = self._rows.place(len(items) - 1)
-        if at is None or not self._add_items(items):
-            self._rows.reset(mark)
-            return False
-        row, offset, segment = at
-        local = np.asarray([self._index[int(i)] for i in items], np.int32)
-        here = slice(offset, offset + len(items) - 1)
-        self._history[row, here], self._segments[row, here] = local[:-1], segment
-        flat = row * self._spec.history_length + offset
-        self._targets[flat : flat + len(items) - 1] = local[1:]
-        self._weights[flat : flat + len(items) - 1] = 1.0
-        return True
-
-    def _add_text(self, items: np.ndarray, position: int) -> bool:
-        number, texts = len(self._examples), self._texts
-        assert texts is not None
-        if number == self._spec.queries:
-            return False
-        # Which event is the target is drawn anew each epoch, by the position alone, so that a resume draws the same.
-        random = np.random.default_rng((self._batches.seed, position))
-        cut = int(random.integers(1, len(items)))
-        text = history_text(texts, items[max(0, cut - self._spec.user_history) : cut], self._spec.row_tokens)
-        mark = self._user_rows.rows.mark()
-        at = self._user_rows.rows.place(len(text))
-        if at is None or not self._add_items(items[cut : cut + 1]):
-            self._user_rows.rows.reset(mark)
-            return False
-        self._user_places[number] = self._user_rows.write(text, at)
-        self._targets[number] = self._index[int(items[cut])]
-        self._weights[number] = 1.0
-        return True
-
-    def _add_items(self, items: np.ndarray) -> bool:
-        """Gives each new item a local index and, where texts are encoded, a place in a packed row; all of them or none."""
-        new = [i for i in dict.fromkeys(items.tolist()) if i not in self._index]
-        if len(self._index) + len(new) > self._spec.items:
-            return False
-        if self._item_rows is not None:
-            assert self._texts is not None
-            mark = self._item_rows.rows.mark()
-            places = []
-            for i in new:
-                at = self._item_rows.rows.place(len(self._texts[i]))
-                if at is None:
-                    self._item_rows.rows.reset(mark)
-                    return False
-                places.append(at)
-            for local, (i, at) in enumerate(zip(new, places, strict=True), start=len(self._index)):
-                self._item_places[local] = self._item_rows.write(self._texts[i], at)
-        self._item_ids[len(self._index) : len(self._index) + len(new)] = new
-        self._index.update({i: local for local, i in enumerate(new, start=len(self._index))})
-        return True
-
-    def batch(self) -> Batch:
-        """The arrays; `examples` has one place a query, which no shard can exceed."""
-        examples = np.full(self._spec.queries, -1, np.int32)
-        examples[: len(self._examples)] = self._examples
-        out = Batch(item_ids=self._item_ids, targets=self._targets, weights=self._weights, examples=examples)
-        if self._item_rows is not None:
-            out.item_tokens, out.item_segments = self._item_rows.tokens, self._item_rows.segments
-            out.item_places = self._item_places
-        if self._spec.user_kind == "history":
-            out.history, out.history_segments = self._history, self._segments
-        else:
-            out.user_tokens, out.user_segments = self._user_rows.tokens, self._user_rows.segments
-            out.user_places = self._user_places
-        return out
-
-
-def history_text(texts: Ragged, items: Sequence[int] | np.ndarray, row_tokens: int) -> np.ndarray:
-    """Catalogue texts and a history, oldest first -> tokens of "[CLS] newest [SEP] second newest [SEP] ...", cut at row_tokens."""
-    parts = [texts[int(i)] for i in reversed(items)]
-    if not parts:
-        return texts.flat[:0]
-    joined = np.concatenate([parts[0], *(p[1:] for p in parts[1:])])
-    if len(joined) > row_tokens:
-        joined = joined[:row_tokens].copy()
-        joined[-1] = parts[0][-1]
-    return joined
 
 
 class BatchIterator(grain.DatasetIterator):

@@ -29,12 +29,14 @@ from etils import epath
 from rec_jax.config import cache_dir
 from rec_jax.data import folders, readers, records, text
 from rec_jax.data.tables import TEXT_COLUMNS, Coded, Report, Tables, code
+from rec_jax.processes import place_of
 from rec_jax.types import EvalSet, Ragged, RecJaxError
 
 FORMAT = 1  # of the prepared folder; raise it when what is written changes
 META = "meta.json"
 SPLITS = {"train": 0, "valid": 1, "test": 2}
-NO_PART = ("cache", "path", "items")  # settings of config.data that change nothing in the folder; files count by name and content
+# Settings of config.data that change nothing in the folder; files count by name and content.
+NO_PART = ("cache", "path", "items", "negatives")
 NO_PART_TEXT = ("max_tokens", "tokenizer")
 WAIT_SECONDS = 2 * 3600.0  # that other processes wait for the one that prepares
 MAX_RATING_VALUES = 20  # more distinct ratings than that are counted in as many bins
@@ -317,9 +319,7 @@ def _wait(folder: epath.Path, process: int, processes: int) -> None:
 
 def _process() -> tuple[int, int]:
     """(index of this JAX process, number of processes); (0, 1) where jax.distributed is not started."""
-    import jax
-
-    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+    return place_of()
 
 
 def _say(line: str) -> None:

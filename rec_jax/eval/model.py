@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
-from rec_jax import towers
+from rec_jax import processes, towers
 from rec_jax.checkpoint import Checkpoints
-from rec_jax.data import packing, pipeline, text
+from rec_jax.data import draft, packing, text
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
 from rec_jax.towers import two_tower
@@ -37,7 +38,15 @@ def text_blocks(tokens: Ragged, row_tokens: int) -> Any:
     return packing.pack_texts(tokens, rows=max(1, BLOCK_TOKENS // row_tokens), row_tokens=row_tokens)
 
 
-def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.BertSpec, say: Say) -> np.ndarray:
+def text_vectors(tokens: Ragged, text_params: Params, spec: towers.BertSpec, row_tokens: int, *, shared: bool = False) -> np.ndarray:
+    """Texts [N] -> their vectors [N, D_text]; where it is `shared`, each process encodes its part, and all have the whole."""
+    index, count = processes.place_of() if shared else (0, 1)
+    blocks = itertools.islice(text_blocks(tokens, row_tokens), index, None, count)
+    mine = two_tower.encode_blocks(text_params, spec, blocks, len(tokens))
+    return processes.total(mine) if shared else mine
+
+
+def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.BertSpec, say: Say, *, shared: bool = False) -> np.ndarray:
     """Text vectors of the catalogue [N, D_text], made once for these texts, weights and settings, and kept in the cache.
 
     Args:
@@ -45,6 +54,7 @@ def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.Be
       tokens: of each item.
       text_params, spec: the encoder; pooling and compute dtype are the spec's.
       say: told whether they are made or found.
+      shared: every process of the run calls this at the same place, and each encodes its part.
 
     Raises:
       RecJaxError: the kept file has another shape than its name says.
@@ -54,14 +64,14 @@ def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.Be
     for path, leaf in jax.tree_util.tree_leaves_with_path(text_params):
         digest.update(mesh_lib.path_name(path).encode() + np.asarray(leaf).tobytes())
     file = config_lib.cache_dir(config) / f"text-vectors-{digest.hexdigest()[:16]}.npy"
-    if file.exists():
+    if all(processes.gather(file.exists())) if shared else file.exists():
         with file.open("rb") as f:
             table = np.load(f, allow_pickle=False)
         if table.shape != (len(tokens), spec.width):
             raise RecJaxError(f"{file} has shape {table.shape}, expected {(len(tokens), spec.width)}; remove it")
         say(f"text vectors: found {file}")
         return table
-    table = two_tower.encode_blocks(text_params, spec, text_blocks(tokens, config.batch.row_tokens), len(tokens))
+    table = text_vectors(tokens, text_params, spec, config.batch.row_tokens, shared=shared)
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.parent / f"{file.name}.{os.getpid()}.tmp"
@@ -81,9 +91,21 @@ class Model:
       tokens: of each catalogue item.
       spec: of the towers.
       table: text vectors of the catalogue [N, D_text]; None where nothing needs them.
+      shared: every process of the run calls `item_vectors`, `user_vectors`, `rank` and `validate` at the same places; each encodes its
+        part, on its first device, and all get the whole.
     """
 
-    def __init__(self, config: Any, prepared: Prepared, tokens: Ragged, spec: two_tower.TwoTowerSpec, table: np.ndarray | None):
+    def __init__(
+        self,
+        config: Any,
+        prepared: Prepared,
+        tokens: Ragged,
+        spec: two_tower.TwoTowerSpec,
+        table: np.ndarray | None,
+        *,
+        shared: bool = False,
+    ):
+        self.shared = shared
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
@@ -102,11 +124,10 @@ class Model:
         """
         if step is not None and self.validated is not None and self.validated[0] == step:
             return self.validated[1]
-        text_vectors = self.table
-        if self.spec.encode and (step != 0 or text_vectors is None):
-            blocks = text_blocks(self.tokens, self.config.batch.row_tokens)
-            text_vectors = two_tower.encode_blocks(params["text"], self.spec.text, blocks, len(self.tokens))
-        return np.asarray(self._items(params, text_vectors))
+        table = self.table
+        if self.spec.encode and (step != 0 or table is None):
+            table = text_vectors(self.tokens, params["text"], self.spec.text, self.config.batch.row_tokens, shared=self.shared)
+        return np.asarray(self._items(params, table))
 
     def user_vectors(self, params: Params, items: np.ndarray, histories: Ragged) -> np.ndarray:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count."""
@@ -114,24 +135,29 @@ class Model:
             return self._written_out(params, histories)
         size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
         out = np.zeros((len(histories), self.spec.dim), np.float32)
-        for first in range(0, len(histories), block):
+        for first in self._parts(range(0, len(histories), block)):
             rows = np.full((block, size), -1, np.int32)
             for n, row in enumerate(range(first, min(first + block, len(histories)))):
                 newest = histories[row][-size:]
                 rows[n, : len(newest)] = newest
             out[first : first + block] = np.asarray(self._users(params, items, rows))[: len(histories) - first]
-        return out
+        return processes.total(out) if self.shared else out
+
+    def _parts(self, blocks: Iterable[Any]) -> Iterable[Any]:
+        """Those of the blocks that this process works on."""
+        index, count = processes.place_of() if self.shared else (0, 1)
+        return itertools.islice(blocks, index, None, count)
 
     def _written_out(self, params: Params, histories: Ragged) -> np.ndarray:
         batch = self.config.batch
         texts = Ragged.from_rows(
-            [pipeline.history_text(self.tokens, histories[n][-batch.user_history :], batch.row_tokens) for n in range(len(histories))]
+            [draft.history_text(self.tokens, histories[n][-batch.user_history :], batch.row_tokens) for n in range(len(histories))]
         )
         out = np.zeros((len(histories), self.spec.dim), np.float32)
-        for block in text_blocks(texts, batch.row_tokens):
+        for block in self._parts(text_blocks(texts, batch.row_tokens)):
             vectors = np.asarray(self._text_users(params, block.tokens, block.segment_ids))
             out[block.texts] = vectors.reshape(-1, self.spec.dim)[block.places]
-        return out
+        return processes.total(out) if self.shared else out
 
     def rank(self, params: Params, eval_set: EvalSet, *, name: str, items: np.ndarray | None = None) -> rankings.Rankings:
         """Ranks an evaluation set over the whole catalogue; `items` are `item_vectors`, where they are there already."""
@@ -157,19 +183,29 @@ class Model:
         return EvalSet(whole.users[chosen], pick(whole.history), pick(whole.targets), whole.n_items)
 
 
+def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:
+    """The towers that a stage's config describes, on this data and with this encoder."""
+    return two_tower.make_spec(config.towers, bert, texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items)
+
+
 def make_model(
-    config: Any, prepared: Prepared, tokens: Ragged, bert: tuple[Params, towers.BertSpec], say: Say, *, candidates: bool = False
+    config: Any,
+    prepared: Prepared,
+    tokens: Ragged,
+    bert: tuple[Params, towers.BertSpec],
+    say: Say,
+    *,
+    candidates: bool = False,
+    shared: bool = False,
 ) -> Model:
-    """The model that a stage's config describes.
+    """The model that a stage's config describes; see `Model` for `shared`.
 
     It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
     `candidates` while it is trained: then histories are encoded in the step, and the candidates are those of the stage's start.
     """
-    spec = two_tower.make_spec(
-        config.towers, bert[1], texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items
-    )
-    table = text_table(config, tokens, bert[0], spec.text, say) if candidates or not spec.encode else None
-    return Model(config, prepared, tokens, spec, table)
+    spec = towers_of(config, prepared, bert[1])
+    table = text_table(config, tokens, bert[0], spec.text, say, shared=shared) if candidates or not spec.encode else None
+    return Model(config, prepared, tokens, spec, table, shared=shared)
 
 
 def read_config(workdir: epath.PathLike) -> Any:

@@ -2,7 +2,7 @@
 
 A query's positives are left out of the fold, which gives the log-sum-exp of the others; their own logits are computed apart. So a
 cross-entropy is softplus(log-sum-exp of the others - positive's logit): never negative, and exact where the loss is tiny. Further sets of
-candidates and negatives of a single query join by `logaddexp`.
+candidates and negatives of a single query join by the same sum.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ def with_hard(kept: Statistics, positives: Positives) -> Statistics:
 
 def _join(left: Statistics, right: Statistics) -> Statistics:
     total, count = (None if a is None else a + b for a, b in ((left.total, right.total), (left.count, right.count)))
-    return Statistics(jnp.logaddexp(left.log_sum_exp, right.log_sum_exp), total, count)
+    # Not jnp.logaddexp: its gradient is NaN where neither has a candidate.
+    return Statistics(log_sum_exp(jnp.stack([left.log_sum_exp, right.log_sum_exp], axis=1)), total, count)
 
 
 def _further(candidates: Candidates, bias: Any, dtype: Any) -> Side:

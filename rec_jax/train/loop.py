@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from rec_jax import mesh as mesh_lib
+from rec_jax import processes
 from rec_jax.checkpoint import Checkpoints
 from rec_jax.data.pipeline import Batches, prefetched
 from rec_jax.train import optimizer as optimizer_lib
@@ -72,7 +73,7 @@ class Task:
       batches: the data of this process.
       constants: host arrays.
       rules: parameter name -> PartitionSpec.
-      evaluate: params -> metrics of the validation split.
+      evaluate: params, whole on one device of this process, -> metrics of the validation split; process 0's count.
       continues: the parameters were trained by a stage before. Then they are validated before the first step too, so that a stage that
         makes nothing better leaves them as they were.
     """
@@ -90,26 +91,43 @@ class Task:
     continues: bool = False
 
 
+def create_state(task: Task, params: Any, optimizer: Any) -> state_lib.TrainState:
+    """Step 0 of a task, traceable."""
+    return state_lib.create(params, optimizer, seed=task.loop.seed, momentum=task.spec.momentum > 0, queue=task.spec.queue)
+
+
 def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """Shapes of the state and their shardings: optimizer state is sharded as the parameters whose names it repeats."""
+    """Shapes of the state and their shardings.
+
+    Parameters go by the rules. Whatever repeats a parameter, by the end of its name and by its shape (moments, accumulated gradients,
+    momentum parameters), lies as the parameter does; the queue lies over the batch axes; the rest is whole on every device.
+
+    Raises:
+      RecJaxError: a parameter that no rule matches, or one that a rule does not divide.
+    """
     tx = optimizer_lib.make_optimizer(task.optimizer)
-    shapes = jax.eval_shape(lambda p: state_lib.create(p, tx, seed=task.loop.seed), task.params)
+    shapes = jax.eval_shape(lambda p: create_state(task, p, tx), task.params)
     params = mesh_lib.shardings(shapes.params, task.rules, mesh)
-    by_name = {mesh_lib.path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(params)}
+    shaped = jax.tree_util.tree_leaves_with_path(shapes.params)
+    placed = {mesh_lib.path_name(path): (x.shape, s) for (path, x), s in zip(shaped, jax.tree.leaves(params), strict=True)}
 
-    def like_param(path: Any, leaf: Any) -> Any:
-        name = mesh_lib.path_name(path)
-        found = [s for n, s in by_name.items() if name.endswith("/" + n) and leaf.shape]
-        return found[0] if found else mesh_lib.replicated(mesh)
+    def place(path: Any, leaf: Any) -> Any:
+        field, _, name = mesh_lib.path_name(path).partition("/")
+        if field == "queue" and len(leaf.shape) > 1:  # [G, slots, ...]
+            return mesh_lib.batch_sharding(mesh)
+        while name:
+            shape, sharding = placed.get(name, (None, None))
+            if shape == leaf.shape:
+                return sharding
+            name = name.partition("/")[2]
+        return mesh_lib.replicated(mesh)
 
-    opt_state = jax.tree_util.tree_map_with_path(like_param, shapes.opt_state)
-    whole = mesh_lib.replicated(mesh)
-    return shapes, state_lib.TrainState(step=whole, params=params, opt_state=opt_state, rng=whole)
+    return shapes, jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def as_tree(state: state_lib.TrainState) -> dict[str, Any]:
-    """The state as the dict that checkpoints hold."""
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    """The state as the dict that checkpoints hold; parts that no objective wants are left out."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if getattr(state, f.name) is not None}
 
 
 def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
@@ -143,12 +161,13 @@ def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
         else:
             params = mesh_lib.put(task.params, shardings.params)
             # A donated buffer must belong to the state alone, so the initial parameters are copied, not aliased.
-            create = jax.jit(lambda p: state_lib.create(jax.tree.map(jnp.copy, p), tx, seed=task.loop.seed), out_shardings=shardings)
+            create = jax.jit(lambda p: create_state(task, jax.tree.map(jnp.copy, p), tx), out_shardings=shardings)
             state = create(params)
         run = _Run(task, mesh, checkpoints, iterator, make_train_step(task.spec, tx, mesh, shardings), state, progress, start)
         return run.to_the_end()
     finally:
         checkpoints.close()
+        processes.at("after training")
 
 
 @contextlib.contextmanager
@@ -186,7 +205,9 @@ class _Run:
         self.log = MetricsLog(task.folder, stage=task.name, step=start, active=first)
         self.display = Display(task.name or "training", start=self.start, total=task.loop.total, active=first)
         self.learning_rate = optimizer_lib.schedule(task.optimizer)
-        self.pending: tuple[int, Any, Any] | None = None
+        self.pending: tuple[int, Any, Any, Any] | None = None
+        self.several = jax.process_count() > 1
+        self.stop = False  # asked of any process, and known to all
         self.saved = start  # None: nothing is on disk
 
     def to_the_end(self) -> Progress:
@@ -200,14 +221,19 @@ class _Run:
                 self._evaluate(0)
             with _stop_signals() as stop_asked:
                 while not self._finished(step):
+                    processes.at(f"step {step + 1}, making its batch")
                     batch = next(self.iterator)
                     examples = batch.examples
                     arrays = mesh_lib.to_global(batch, self.mesh)
-                    with jax.transfer_guard("disallow"):
+                    processes.at(f"step {step + 1}")
+                    if self.several and step == self.start:
+                        self._compile(arrays, constants)
+                    asked = processes.any_of(stop_asked()) if self.several else stop_asked()
+                    with jax.transfer_guard("disallow"), jax.set_mesh(self.mesh):
                         self.state, metrics = self.step_fn(self.state, arrays, constants)
                     self._collect()
                     step += 1
-                    self.pending = (step, metrics, examples)
+                    self.pending = (step, metrics, examples, asked)
                     if step % loop.log_every == 0 or step == loop.total:
                         self._report(step)
                     if step % loop.eval_every == 0 or step == loop.total:
@@ -215,7 +241,9 @@ class _Run:
                     if step % loop.checkpoint_every == 0 or self._finished(step):
                         self._save(step)
                     self.display.tick(step)
-                    if stop_asked() and not self._finished(step):
+                    if not self.several and stop_asked():
+                        self.stop = True
+                    if self.stop and not self._finished(step):
                         self._collect()
                         self._save(step)
                         self.checkpoints.wait()
@@ -228,6 +256,12 @@ class _Run:
             self.iterator.close()
         return self.progress
 
+    def _compile(self, arrays: Any, constants: Any) -> None:
+        """Compiles the step, then waits until all have: the CPU's collectives break when one process comes much later than another."""
+        with jax.set_mesh(self.mesh):
+            self.step_fn = self.step_fn.lower(self.state, arrays, constants).compile()
+        processes.barrier("compiled")
+
     def _finished(self, step: int) -> bool:
         return step >= self.task.loop.total or self.progress.stopped
 
@@ -235,8 +269,9 @@ class _Run:
         """Fetches the metrics of the step before, which is done by now, and checks them."""
         if self.pending is None:
             return
-        step, metrics, examples = self.pending
+        step, metrics, examples, asked = self.pending
         self.pending = None
+        self.stop |= bool(asked)
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         again = f"To see it again: the same command goes on from step {self.saved}" if self.saved else "To see it again: the same command"
         check_finite(step, values, examples, again)
@@ -254,7 +289,9 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         self._collect()
         began, loop, progress = time.perf_counter(), self.task.loop, self.progress
-        metrics = self.task.evaluate(self.state.params, step=step)
+        processes.at(f"step {step}, validation")
+        measured = self.task.evaluate(mesh_lib.on_one_device(self.state.params), step=step)
+        metrics = processes.gather(measured)[0]  # all decide by the same figures, to the last bit
         if loop.monitor not in metrics:
             raise RecJaxError(f"config.train.monitor={loop.monitor!r} is not measured; there are {', '.join(sorted(metrics))}")
         value = metrics[loop.monitor]
@@ -277,6 +314,9 @@ class _Run:
         if self.saved == step:
             return
         self._collect()
-        place = {"iterator": mesh_lib.gather_places(self.iterator.get_state()), "progress": dataclasses.asdict(self.progress)}
+        processes.at(f"step {step}, saving")
+        places = processes.gather(self.iterator.get_state())  # each process has the shards that it makes
+        iterator = {"shards": {name: shard for place in places for name, shard in place["shards"].items()}}
+        place = {"iterator": iterator, "progress": dataclasses.asdict(self.progress)}
         self.checkpoints.save(step, as_tree(self.state), place, best=self.progress.best_step)
         self.saved = step

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.pipeline import BatchSpec
 from rec_jax.towers.bert import BertSpec
-from rec_jax.towers.two_tower import TwoTowerSpec
+from rec_jax.train.step import StepSpec
 
 # Shares of a large matmul's speed that the parts reach: measured with the main job on 2 CPU cores. Estimates for a person, no promise.
 TEXT_SHARE = 0.6  # encoding texts
@@ -31,27 +31,38 @@ def machine_speed() -> float:
     return 2 * n**3 / best * devices
 
 
-def text_flops(spec: BertSpec, tokens: int, *, train: bool) -> float:
-    """FLOP of encoding packed tokens: 24 L d^2 a token forward (for an MLP of 4 d), three times that with the backward pass."""
-    per_layer = 8 * spec.width**2 + 4 * spec.width * spec.mlp_width
+def text_flops(spec: BertSpec, tokens: int, *, row_tokens: int = 0, train: bool) -> float:
+    """FLOP of encoding packed tokens: 24 d^2 (for an MLP of 4 d) + 4 T d a token and layer, three times that with the backward pass.
+
+    Attention costs as much as its row is long (T): a packed row's texts do not see each other, but their products are made.
+    """
+    per_layer = 8 * spec.width**2 + 4 * spec.width * spec.mlp_width + 4 * row_tokens * spec.width
     return (3.0 if train else 1.0) * tokens * spec.layers * per_layer
 
 
-def step_flops(towers: TwoTowerSpec, batch: BatchSpec, *, n_items: int, catalogue: bool) -> float:
-    """FLOP of one train step over all shards: encoder, heads, history tower, and logits against the catalogue or the batch."""
-    queries = batch.shards * batch.queries
+def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
+    """FLOP of one train step over all shards: encoder, heads, history tower, and logits against the candidates; nothing counted twice.
+
+    What is computed again to save memory (`chunk_rows`, `towers.text.remat`) comes on top: a third of the encoder's share.
+    """
+    towers, shards = spec.towers, batch.shards
+    queries = shards * batch.queries
+    catalogue, views = any(o.catalogue for o in spec.objectives), any(o.views for o in spec.objectives)
+    passes = 3.0 * (2 if views else 1) + (1.0 if spec.momentum else 0.0)  # a backward pass costs two forward ones
+    head = 2.0 * (towers.text.width * towers.dim if towers.head == "linear" else towers.hidden * (towers.text.width + towers.dim))
     total = 0.0
     if towers.encode:
-        total += text_flops(towers.text, batch.shards * batch.text_rows * batch.row_tokens, train=True)
+        tokens = shards * batch.text_rows * batch.row_tokens
+        total += passes * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False)
     if towers.history is None:
-        total += text_flops(towers.text, batch.shards * batch.user_rows * batch.row_tokens, train=True)
+        tokens = shards * batch.user_rows * batch.row_tokens
+        total += 3.0 * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False) + 3.0 * queries * head
     else:
         h = towers.history
-        total += 6.0 * queries * h.layers * (4 * h.dim**2 + 2 * h.dim * h.mlp)
-    candidates = n_items if catalogue else queries
-    total += 6.0 * queries * candidates * towers.dim
-    total += 6.0 * (n_items if catalogue else batch.shards * batch.items) * towers.text.width * towers.dim
-    return total
+        total += 3.0 * queries * (h.layers * (8 * h.dim**2 + 4 * h.dim * h.mlp + 4 * batch.history_length * h.dim) + 4 * h.dim**2)
+    total += passes * shards * batch.items * head + (3.0 * n_items * head if catalogue else 0.0)
+    candidates = n_items if catalogue else queries + max(o.queue + o.uniform for o in spec.objectives)
+    return total + 6.0 * queries * candidates * towers.dim
 
 
 def test_flops(n_items: int, *, ease: bool) -> float:

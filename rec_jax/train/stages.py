@@ -10,12 +10,13 @@ from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
+from rec_jax.data import negatives
 from rec_jax.data.pipeline import Batches, BatchSpec
 from rec_jax.data.prepare import Prepared
 from rec_jax.towers import two_tower
 from rec_jax.train import loop, objectives
 from rec_jax.train.optimizer import OptimizerSpec
-from rec_jax.train.step import Constants, StepSpec, init_scalars, log_frequencies
+from rec_jax.train.step import Constants, StepSpec, init_scalars, log_frequencies, make_spec
 from rec_jax.types import Params, Ragged, RecJaxError
 
 # Keys that another machine may set otherwise without making it another run: they change no result.
@@ -56,12 +57,37 @@ def keep_config(config: Any, workdir: epath.Path) -> None:
         temporary.replace(file)
 
 
+def check(config: Any, towers: two_tower.TwoTowerSpec, text_params: Params, mesh: jax.sharding.Mesh) -> None:
+    """Finds out, before anything is compiled, whether a stage's batch and parameters fit the mesh.
+
+    Raises:
+      RecJaxError: shards that the devices do not divide, a parameter without a rule, or one that its rule does not divide.
+    """
+    mesh_lib.check_shards(config.batch.shards, mesh)
+    learned = init_scalars(make_step(config, towers, BatchSpec.from_config(config)).objectives)
+    shapes = jax.eval_shape(lambda k, t: {**two_tower.init(k, towers, text_params=t), "scalars": learned}, jax.random.key(0), text_params)
+    mesh_lib.shardings(shapes, mesh_lib.rules_of(config.mesh.layout, config.mesh.rules), mesh)
+
+
+def make_step(config: Any, towers: two_tower.TwoTowerSpec, batch: BatchSpec) -> StepSpec:
+    """The step that a stage's config describes.
+
+    Raises:
+      RecJaxError: an objective that towers or batches do not fit.
+    """
+    made = objectives.make_objectives(config.objectives.to_dict())
+    return make_spec(towers, made, shards=batch.shards, queries=batch.queries, chunk_rows=config.batch.chunk_rows)
+
+
 def make_batches(config: Any, prepared: Prepared, tokens: Ragged, mesh: jax.sharding.Mesh) -> Batches:
     """This process's part of the batches that a stage's config describes."""
     mesh_lib.check_shards(config.batch.shards, mesh)
     shards = mesh_lib.local_shards(config.batch.shards, mesh)
-    spec = BatchSpec.from_config(config)
-    return Batches(prepared.source(), prepared.train_lengths(), spec, seed=config.seed, texts=tokens, shards=shards)
+    spec, mined, file = BatchSpec.from_config(config), None, config.data.negatives
+    if file:
+        mined = negatives.read(file, fingerprint=prepared.meta["fingerprint"], users=prepared.n_users, items=prepared.n_items)
+    lengths = prepared.train_lengths()
+    return Batches(prepared.source(), lengths, spec, seed=config.seed, texts=tokens, negatives=mined, shards=shards)
 
 
 def make_params(config: Any, spec: StepSpec, *, text_params: Params, table: np.ndarray | None, last: Params | None) -> dict[str, Any]:
@@ -101,7 +127,7 @@ def make_task(
     evaluate: loop.Evaluate,
 ) -> loop.Task:
     """Everything that a stage trains with, durations turned into steps."""
-    spec = StepSpec(towers, objectives.make_objectives(config.objectives.to_dict()))
+    spec = make_step(config, towers, batches.spec)
     per_step = batches.examples_per_step()
     per_epoch = batches.examples_per_epoch / per_step
     train, opt = config.train, config.optimizer
@@ -140,5 +166,6 @@ def make_task(
         seed=config.seed,
     )
     constants = Constants(table=table, log_q=np.asarray(log_frequencies(prepared.item_counts())))
+    rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
     params = make_params(config, spec, text_params=text_params, table=table, last=last)
-    return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, config.mesh.rules, evaluate, last is not None)
+    return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, last is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,28 +13,76 @@ import optax
 RNG = "threefry2x32"  # the same bits under vmap, chunking and any device count
 
 
+@dataclasses.dataclass(frozen=True)
+class QueueSpec:
+    """Sizes of the queue of item vectors: G shards, each with the targets of the last `slots` batches of `places` (Q) vectors of `dim`."""
+
+    shards: int
+    slots: int
+    places: int
+    dim: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything a step reads and writes.
+    """Everything a step reads and writes; `momentum` and `queue` are None where no objective wants them.
 
     Attributes:
       step: [] int32, updates done.
       params: {"item", "user", "text", "scalars"}; scalars are learned with the rest.
       opt_state: of the optimizer.
       rng: [2] uint32, data of the root key; every random stream is folded from it, so it never changes.
+      momentum: running mean of the towers' params (no scalars).
+      queue: {"vectors" [G, slots, Q, D], "ids" [G, slots, Q]}: target items of the last batches, id -1 = empty. G comes first, so that it
+        lies on the devices as the batch does, and [G * slots * Q, D] is the same memory.
     """
 
     step: Any
     params: Any
     opt_state: Any
     rng: Any
+    momentum: Any = None
+    queue: Any = None
 
 
-def create(params: Any, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
+def create(
+    params: Any, optimizer: optax.GradientTransformation, *, seed: int, momentum: bool = False, queue: QueueSpec | None = None
+) -> TrainState:
     """Step 0. Traceable, so that `jit` with out_shardings makes it in place."""
     rng = jax.random.key_data(jax.random.key(seed, impl=RNG))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng)
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng)
+    if momentum:
+        state.momentum = jax.tree.map(jnp.copy, tower_params(params))
+    if queue is not None:
+        shape = (queue.shards, queue.slots, queue.places)
+        state.queue = {"vectors": jnp.zeros((*shape, queue.dim)), "ids": jnp.full(shape, -1, jnp.int32)}
+    return state
+
+
+def tower_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters without the learned scalars: what the momentum encoder is made of."""
+    return {name: value for name, value in params.items() if name != "scalars"}
+
+
+def follow(momentum: Any, params: Any, decay: float) -> Any:
+    """The momentum encoder after an update: decay * old + (1 - decay) * new.
+
+    Reference: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (2020), eq. 2.
+    """
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, momentum, tower_params(params))
+
+
+def push(queue: dict[str, jax.Array], step: jax.Array, vectors: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
+    """The queue with a batch's vectors [G, Q, D] and ids [G, Q] (-1 = none) in place of its oldest; no device needs another's.
+
+    Each step writes one slot, so slot step mod slots is the oldest.
+    """
+    slot = step % queue["ids"].shape[1]
+    new = {"vectors": jax.lax.stop_gradient(vectors), "ids": ids}
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype)[:, None], slot, axis=1) for name, old in queue.items()
+    }
 
 
 def row_keys(key: jax.Array, shards: int, rows: int) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,50 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rec_jax.mesh import batch_sharding, replicated
+from rec_jax.mesh import BATCH_AXES, batch_sharding, replicated
 from rec_jax.towers import two_tower
 from rec_jax.towers.dropout import fold
-from rec_jax.train.objectives import Objective
-from rec_jax.train.state import RNG, TrainState, row_keys
-from rec_jax.types import Array, Batch, Context
+from rec_jax.train.objectives import Objective, check, ramp_up, target_ids, targets
+from rec_jax.train.state import RNG, QueueSpec, TrainState, follow, push, row_keys
+from rec_jax.types import Array, Batch, Context, Outputs, RecJaxError
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What a step is made of: the towers and the weighted objectives."""
+    """What a step is made of.
+
+    Attributes:
+      towers: sizes and kinds of both.
+      objectives: the weighted ones.
+      queue: sizes of the queue of item vectors, or None.
+      chunk_rows: packed text rows of a shard that go through the encoder at a time; 0 = all.
+    """
 
     towers: two_tower.TwoTowerSpec
     objectives: tuple[Objective, ...]
+    queue: QueueSpec | None = None
+    chunk_rows: int = 0
+
+    @property
+    def momentum(self) -> float:
+        """Decay of the momentum encoder; 0 = none."""
+        return max(o.momentum for o in self.objectives)
+
+
+def make_spec(
+    towers: two_tower.TwoTowerSpec, objectives: tuple[Objective, ...], *, shards: int, queries: int, chunk_rows: int = 0
+) -> StepSpec:
+    """The spec of a step on batches of G shards with Q queries each.
+
+    Raises:
+      RecJaxError: an objective that towers or batches do not fit, a negative chunk.
+    """
+    if chunk_rows < 0:
+        raise RecJaxError(f"config.batch.chunk_rows={chunk_rows}: must be at least 0, which encodes all rows at once")
+    check(objectives, towers, shards=shards, queries=queries)
+    longest = max(o.queue for o in objectives)
+    queue = QueueSpec(shards, longest // (shards * queries), queries, towers.dim) if longest else None
+    return StepSpec(towers, objectives, queue, chunk_rows)
 
 
 @jax.tree_util.register_dataclass
@@ -48,26 +79,94 @@ def log_frequencies(counts: Array) -> jax.Array:
 
 
 def loss_and_metrics(
-    params: Any, spec: StepSpec, batch: Batch, constants: Constants, key: jax.Array | None
+    params: Any,
+    spec: StepSpec,
+    batch: Batch,
+    constants: Constants,
+    key: jax.Array | None,
+    *,
+    step: Any = 0,
+    momentum: Any = None,
+    queue: Any = None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of a batch -> (loss [], metrics). `key` is the step's typed key; None = no dropout (objectives that draw still need one)."""
+    """Loss of a batch -> (loss [], metrics); what is not given of a state's parts is as at its start.
+
+    Args:
+      params, spec, batch, constants: see `make_train_step`.
+      key: the step's typed key; None = no dropout, and always the same draws.
+      step: updates done, for weights that rise.
+      momentum: parameters of the momentum encoder.
+      queue: see `TrainState`.
+      mesh: with more than one device along its batch axes, the losses go round them.
+    """
+    keys = _momentum_outputs(momentum, spec, batch, constants, _several(mesh)) if momentum is not None else None
+    loss, (metrics, _) = _loss(params, spec, batch, constants, key, step, keys, queue, _several(mesh))
+    return loss, metrics
+
+
+def _several(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, or None where the batch lies on one device of it."""
+    return mesh if mesh is not None and math.prod(mesh.shape[a] for a in BATCH_AXES) > 1 else None
+
+
+def _momentum_outputs(momentum: Any, spec: StepSpec, batch: Batch, constants: Constants, mesh: Mesh | None) -> Outputs:
+    """The momentum encoder's vectors of the batch, without dropout and without gradient."""
+    outputs = two_tower.encode_batch(
+        momentum, spec.towers, batch, table=constants.table, catalogue=False, keys=None, chunk_rows=spec.chunk_rows, mesh=mesh
+    )
+    return jax.lax.stop_gradient(outputs)
+
+
+def _loss(
+    params: Any,
+    spec: StepSpec,
+    batch: Batch,
+    constants: Constants,
+    key: jax.Array | None,
+    step: Any,
+    momentum: Outputs | None,
+    queue: Any,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Outputs]]:
+    """-> (loss, (metrics, outputs)): each forward once, whatever number of objectives asks for it."""
     shards = batch.item_ids.shape[0]
+    items = batch.item_tokens.shape[1] if batch.item_tokens is not None else 0
+    users = (batch.history if batch.history is not None else batch.user_tokens).shape[1]
+    views, uniform = any(o.views for o in spec.objectives), max(o.uniform for o in spec.objectives)
     keys = None
     if key is not None:
-        rows = {
-            "text": batch.item_tokens.shape[1] if batch.item_tokens is not None else 0,
-            "user": (batch.history if batch.history is not None else batch.user_tokens).shape[1],
-        }
+        rows = {"text": items, "user": users} | ({"view": items} if views else {})
         keys = {name: row_keys(fold(key, name), shards, n) for name, n in rows.items()}
-    catalogue = any(o.catalogue for o in spec.objectives)
-    outputs = two_tower.encode_batch(params, spec.towers, batch, table=constants.table, catalogue=catalogue, keys=keys)
     draw = jax.random.key(0, impl=RNG) if key is None else key
+    outputs = two_tower.encode_batch(
+        params,
+        spec.towers,
+        batch,
+        table=constants.table,
+        catalogue=any(o.catalogue for o in spec.objectives),
+        keys=keys,
+        views=views,
+        drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, len(constants.log_q)) if uniform else None,
+        chunk_rows=spec.chunk_rows,
+        mesh=mesh,
+    )
     total, metrics = jnp.zeros(()), dict[str, jax.Array]()
     for objective in spec.objectives:
-        context = Context(scalars=params.get("scalars", {}), log_q=constants.log_q, rng=fold(draw, objective.name))
+        context = Context(
+            scalars=params.get("scalars", {}),
+            log_q=constants.log_q,
+            rng=fold(draw, objective.name),
+            queue=queue,
+            momentum=momentum,
+            normalize=spec.towers.normalize,
+            mesh=mesh,
+            axes=None if mesh is None else BATCH_AXES,
+        )
         loss, more = objective.function(outputs, batch, context, objective.spec)
-        total, metrics = total + objective.weight * loss, metrics | more
-    return total, metrics
+        weight = objective.weight * ramp_up(step, objective.ramp) if objective.ramp else objective.weight
+        total, metrics = total + weight * loss, metrics | more
+    return total, (metrics, outputs)
 
 
 def make_train_step(
@@ -80,8 +179,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=RNG), state.step)
-        grad = jax.value_and_grad(loss_and_metrics, has_aux=True)
-        (loss, metrics), grads = grad(state.params, spec, batch, constants, key)
+        keys = _momentum_outputs(state.momentum, spec, batch, constants, several) if spec.momentum else None
+        grad = jax.value_and_grad(_loss, has_aux=True)
+        (loss, (metrics, outputs)), grads = grad(state.params, spec, batch, constants, key, state.step, keys, state.queue, several)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         tokens = sum(jnp.sum(s > 0) for s in (batch.item_segments, batch.user_segments) if s is not None)
@@ -92,8 +192,16 @@ def make_train_step(
             "targets": jnp.sum(batch.weights > 0),
             "tokens": jnp.asarray(tokens),
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng), metrics
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
+        if spec.momentum:
+            new.momentum = follow(state.momentum, params, spec.momentum)
+        if spec.queue is not None:
+            ids = jnp.where(batch.weights > 0, target_ids(batch), -1)
+            vectors = targets(outputs if keys is None else keys, batch).reshape(*ids.shape, -1)
+            new.queue = push(state.queue, state.step, vectors, ids)
+        return new, metrics
 
+    several = _several(mesh)
     whole = replicated(mesh)
     return jax.jit(
         step,

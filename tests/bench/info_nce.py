@@ -1,23 +1,33 @@
 """Softmax losses: ours against the full matrix by autodiff, forward and backward, with the machine's matmul as the ceiling.
 
     python tests/bench/info_nce.py [--case=in_batch --case=catalogue] [--blocks 256 512] [--rounds 7]
+    python tests/bench/info_nce.py --ring [--devices 8]        InfoNCE over simulated CPU devices: memory by batch size, then time
 
-Times are medians of alternated rounds; on a shared machine only the ratios of one run count. GFLOP/s counts 6 B N D.
+Times are medians of alternated rounds; on a shared machine only the ratios of one run count. GFLOP/s counts 6 B N D. Limits of the ring,
+exit code 1 beyond them: temporary memory a device grows with the batch by an exponent of at most 1.05, holds at most 6 x its share of the
+vectors, at 16,384 at least 50 x less than the full matrix, no [b, B] array and no all-gather; time at 8,192 at most .80 x the matrix's.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+if "--ring" in sys.argv:
+    wanted = sys.argv[sys.argv.index("--devices") + 1] if "--devices" in sys.argv else "8"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={wanted}".strip()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rec_jax.losses import softmax_cross_entropy, weighted_softmax_cross_entropy
+from rec_jax.losses import softmax_cross_entropy, weighted_info_nce, weighted_softmax_cross_entropy
 
 CASES = {"in_batch": (4096, 4096, 256), "catalogue": (1024, 12101, 64)}  # B, N, D
 MATMUL = 2048  # rows and columns of the matmul that stands for the ceiling
@@ -55,12 +65,60 @@ def medians(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, t
     return {name: (float(np.median(t)), min(t)) for name, t in times.items()}
 
 
+def ring(devices: int, rounds: int) -> int:
+    """Memory and time of in-batch InfoNCE sharded over devices, by our ring and by the full matrix -> exit code."""
+    width, sizes, timed = 256, (4096, 8192, 16384, 32768, 65536), 8192
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def ours(query: Any, item: Any) -> Any:
+        weights = jnp.full(len(query), 1 / len(query))
+        return weighted_info_nce(query, item, temperature=1 / SCALE, weights=weights, mesh=mesh, axis="data")
+
+    def matrix(query: Any, item: Any) -> Any:
+        logits = SCALE * query @ item.T
+        return jnp.mean(jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits))
+
+    def compiled(loss: Callable[..., Any], b: int) -> Any:
+        shapes = [jax.ShapeDtypeStruct((b, width), jnp.float32)] * 2
+        return jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(rows, rows)).lower(*shapes).compile()
+
+    print(f"{devices} devices, D = {width}, float32: temporary memory a device")
+    print(f"{'B':>8}{'ring MB':>10}{'/ (b D 4 bytes)':>17}{'matrix MB':>11}{'matrix / ring':>15}")
+    temp, good = {}, True
+    for b in sizes:
+        program = compiled(ours, b)
+        text, temp[b] = program.as_text(), program.memory_analysis().temp_size_in_bytes
+        share = temp[b] / (b // devices * width * 4)
+        good &= share <= 6 and "all-gather" not in text and f"[{b // devices},{b}]" not in text
+        full = compiled(matrix, b).memory_analysis().temp_size_in_bytes if b <= 16384 else None
+        beside = "" if full is None else f"{full / 1e6:11.1f}{full / temp[b]:15.1f}"
+        good &= b != 16384 or full is None or full / temp[b] >= 50
+        print(f"{b:8,}{temp[b] / 1e6:10.2f}{share:17.2f}{beside}")
+    exponent = float(np.polyfit(np.log(sizes), np.log([temp[b] for b in sizes]), 1)[0])
+    keys = jax.random.split(jax.random.key(0))
+    vectors = [jax.device_put(jax.random.normal(k, (timed, width)) / np.sqrt(width), rows) for k in keys]
+    programs = {name: compiled(loss, timed) for name, loss in (("ring", ours), ("matrix", matrix))}
+    (ring_value, ring_gradients), (value, gradients) = (programs[name](*vectors) for name in ("ring", "matrix"))
+    apart = max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(ring_gradients, gradients, strict=True))
+    seconds = medians({name: functools.partial(p, *vectors) for name, p in programs.items()}, rounds)
+    ratio = seconds["ring"][0] / seconds["matrix"][0]
+    print(f"exponent of memory in B {exponent:.3f} (limit 1.05)")
+    print(f"B = {timed:,}: ring {seconds['ring'][0]:.2f} s, matrix {seconds['matrix'][0]:.2f} s, ratio {ratio:.2f} (limit .80)")
+    print(f"losses {float(ring_value):.6f} and {float(value):.6f}; gradients apart by {apart:.1e} of the largest")
+    return int(not good or exponent > 1.05 or ratio > 0.8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--blocks", type=int, nargs="*", default=[], help="block sizes to try beside the chosen one")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ring", action="store_true", help="the ring over simulated devices instead")
+    parser.add_argument("--devices", type=int, default=8, help="of the ring")
     arguments = parser.parse_args()
+    if arguments.ring:
+        sys.exit(ring(arguments.devices, arguments.rounds))
     print(f"jax {jax.__version__} on {jax.device_count()} {jax.devices()[0].device_kind}")
     for case in arguments.case or CASES:
         b, n, d = CASES[case]

@@ -1,13 +1,4 @@
-"""Exact top-k and exact ranks over a catalogue that is read in blocks of items, on one device or sharded over a mesh axis.
-
-One fold serves both: a block of items is scored by one matmul, and what is kept of it is a running top-k, the targets' own scores, or
-counts. Ties are decided once, here: in a top-k the lower id comes first; in a rank a tie never favours the target.
-
-Exactness. A target's score is read out of the same matmul that scores its rivals, so identical items tie exactly. Blocks are
-multiples of 128 items and queries are padded to a multiple of 8: for such shapes the CPU's matmul gives the same bits whatever the
-block size, the number of queries or the number of devices (tests/topk_test.py). On GPU and TPU the order of summation may depend on
-the shape, so there results are reproducible for one block size and device count.
-"""
+"""The fold over blocks of items, compiled: scores of a block by one matmul, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -20,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-
-from rec_jax.types import Array, RecJaxError
 
 LANE = 128  # a block of items is a multiple of this
 ROWS = 8  # and the queries of this
@@ -39,123 +28,18 @@ class Ranked(NamedTuple):
       ranks_all: [Q, Tg] int32, the same among all items.
       scores: [Q, k] float32, highest scores among the items that are not excluded; -inf where there are fewer than k.
       ids: [Q, k] int32, their items; -1 where there are fewer than k.
+      own: [Q, Tg] float32, the targets' own scores; 0 where there is no target.
     """
 
     ranks: Any
     ranks_all: Any
     scores: Any
     ids: Any
+    own: Any
 
 
-def top_k(
-    query: Array,
-    item: Array,
-    *,
-    k: int,
-    block: int = BLOCK,
-    exclude: Array | None = None,
-    bias: Array | None = None,
-    mesh: Mesh | None = None,
-    axis: Axis | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """query [Q, D], item [N, D] -> scores [Q, k] float32, ids [Q, k] int32: the k items of highest dot product, best first, exactly.
-
-    Ties go to the lower id. Memory beyond the inputs is one block of scores, Q x block x 4 bytes a device. May be called inside `jit`.
-
-    Args:
-      k: how many items; where fewer are left, ids are -1 and scores -inf.
-      block: items scored at a time; rounded up to a multiple of 128.
-      exclude: [Q, E] int32, items left out of each row; -1 is padding.
-      bias: [N], added to every query's score; -inf takes an item out of the catalogue.
-      mesh: with `axis`, items are sharded by rows over that mesh axis (or axes); each device keeps its own top k, which are then merged.
-        N that the devices do not divide is padded, which copies the items: pad once, with bias -inf, where it matters.
-
-    Raises:
-      RecJaxError: shapes that do not fit; a NaN score (inside `jit` it cannot be raised and shows as a leading NaN).
-    """
-    _check(query, item, bias, block, mesh, axis)
-    _check_ids("exclude", exclude, query.shape[0], None)
-    if k < 1:
-        raise RecJaxError(f"top_k: k={k}; it must be at least 1")
-    out, _ = _ranked(query, item, bias, None, exclude, k=k, block=block, mesh=mesh, axis=axis)
-    if not isinstance(out.scores, jax.core.Tracer):
-        _refuse_nan(np.asarray(jnp.isnan(out.scores[:, 0])))
-    return out.scores, out.ids
-
-
-def target_ranks(
-    query: Array,
-    item: Array,
-    target: np.ndarray,
-    *,
-    exclude: Array | None = None,
-    block: int = BLOCK,
-    bias: Array | None = None,
-    mesh: Mesh | None = None,
-    axis: Axis | None = None,
-) -> np.ndarray:
-    """query [Q, D], item [N, D], target [Q, Tg] -> [Q, Tg] int32: 1-based rank of each target among all items that are not excluded.
-
-    rank = 1 + the other items, neither targets nor excluded, that score at least as high + the row's other targets that score higher, or
-    equal and stand earlier in the row. So ties never count for the target, and the targets of a row have different ranks.
-    A target is ranked even where `exclude` names it. Where N is above `block`, items are scored twice (targets first, then rivals).
-
-    Args:
-      target: [Q, Tg] int32, each item at most once in a row; -1 is padding and gets rank 0.
-      exclude, block, bias, mesh, axis: as in `top_k`.
-
-    Raises:
-      RecJaxError: shapes that do not fit, an unknown or repeated target, a NaN score.
-    """
-    return rank_and_top_k(query, item, target, k=0, exclude=exclude, block=block, bias=bias, mesh=mesh, axis=axis).ranks
-
-
-def rank_and_top_k(
-    query: Array,
-    item: Array,
-    target: np.ndarray,
-    *,
-    k: int,
-    exclude: Array | None = None,
-    block: int = BLOCK,
-    bias: Array | None = None,
-    mesh: Mesh | None = None,
-    axis: Axis | None = None,
-) -> Ranked:
-    """query [Q, D], item [N, D], target [Q, Tg] -> Ranked: ranks with and without `exclude`, and the top k (none for k = 0), in one go.
-
-    The row's targets stay in its top k even where `exclude` names them. Args and Raises as in `target_ranks`.
-    """
-    _check(query, item, bias, block, mesh, axis)
-    _check_targets(target, query.shape[0], item.shape[0])
-    _check_ids("exclude", exclude, query.shape[0], None)
-    out, nan = _ranked(query, item, bias, target, exclude, k=k, block=block, mesh=mesh, axis=axis)
-    _refuse_nan(np.asarray(nan))
-    return Ranked(*(x if x is None else np.asarray(x) for x in out))
-
-
-def rank_and_top_k_of_scores(scores: np.ndarray, target: np.ndarray, *, k: int, exclude: Array | None = None) -> Ranked:
-    """scores [Q, N] float32, target [Q, Tg] -> Ranked: as `rank_and_top_k`, of scores that are there already.
-
-    Raises:
-      RecJaxError: scores of another type (rounding them here could make ties), an unknown or repeated target, a NaN score.
-    """
-    if scores.ndim != 2 or scores.dtype != np.float32:
-        raise RecJaxError(f"scores: expected [Q, N] float32, got {scores.shape} {scores.dtype}; use scores.astype(np.float32)")
-    _check_targets(target, *scores.shape)
-    _check_ids("exclude", exclude, scores.shape[0], None)
-    out, nan = _ranked_dense(scores, target, exclude, k=k)
-    _refuse_nan(np.asarray(nan))
-    return Ranked(*(x if x is None else np.asarray(x) for x in out))
-
-
-def ranks_from_scores(scores: np.ndarray, target: np.ndarray, exclude: Array | None = None) -> np.ndarray:
-    """scores [Q, N] float32, target [Q, Tg] -> [Q, Tg] int32: `target_ranks` of scores that are there already."""
-    return rank_and_top_k_of_scores(scores, target, k=0, exclude=exclude).ranks
-
-
-@functools.partial(jax.jit, static_argnames=("k", "block", "mesh", "axis"))
-def _ranked(
+@functools.partial(jax.jit, static_argnames=("k", "counts", "block", "mesh", "axis"))
+def ranked(
     query: jax.Array,
     item: jax.Array,
     bias: jax.Array | None,
@@ -163,18 +47,19 @@ def _ranked(
     exclude: jax.Array | None,
     *,
     k: int,
+    counts: bool,
     block: int,
     mesh: Mesh | None,
     axis: Axis | None,
 ) -> tuple[Ranked, Any]:
-    """-> (Ranked, nan [Q] bool: rows that have a NaN score)."""
+    """-> (Ranked, nan [Q] bool: rows that have a NaN score); without `counts` no ranks, and `exclude` holds for targets too."""
     q, n = query.shape[0], item.shape[0]
     query = _pad(query, -q % ROWS, 0)
     target = None if target is None else _pad(target, -q % ROWS, -1)
     exclude = None if exclude is None else _pad(exclude, -q % ROWS, -1)
-    fold = functools.partial(_fold_catalogue, k=k, block=block, total=n, axis=axis)
+    fold = functools.partial(_fold_catalogue, k=k, counts=counts, block=block, total=n, axis=axis)
     if mesh is not None:
-        shards = int(np.prod([mesh.shape[a] for a in _names(axis)]))
+        shards = int(np.prod([mesh.shape[a] for a in axis_names(axis)]))
         item = _pad(item, -n % shards, 0)
         bias = None if bias is None else _pad(bias, -n % shards, 0)
         rows, all_rows = PartitionSpec(axis), PartitionSpec()
@@ -184,9 +69,10 @@ def _ranked(
 
 
 @functools.partial(jax.jit, static_argnames=("k",))
-def _ranked_dense(scores: jax.Array, target: jax.Array, exclude: jax.Array | None, *, k: int) -> tuple[Ranked, Any]:
+def ranked_dense(scores: jax.Array, target: jax.Array, exclude: jax.Array | None, *, k: int) -> tuple[Ranked, Any]:
     n = scores.shape[1]
-    return _fold(lambda _: _Block(_canonical(scores), jnp.int32(0), jnp.ones(n, bool)), 1, target, exclude, k=k, first=0, axis=None)
+    only = _Block(_canonical(scores), jnp.int32(0), jnp.ones(n, bool))
+    return _fold(lambda _: only, 1, target, exclude, k=k, counts=True, first=0, axis=None)
 
 
 class _Block(NamedTuple):
@@ -213,6 +99,7 @@ def _fold_catalogue(
     exclude: jax.Array | None,
     *,
     k: int,
+    counts: bool,
     block: int,
     total: int,
     axis: Axis | None,
@@ -238,7 +125,7 @@ def _fold_catalogue(
         ids = start + jnp.arange(block)
         return _Block(_canonical(scores), start, (ids >= index * block) & (ids < owned))
 
-    return _fold(score, blocks, target, exclude, k=k, first=first, axis=axis)
+    return _fold(score, blocks, target, exclude, k=k, counts=counts, first=first, axis=axis)
 
 
 def _fold(
@@ -248,6 +135,7 @@ def _fold(
     exclude: jax.Array | None,
     *,
     k: int,
+    counts: bool,
     first: jax.Array | int,
     axis: Axis | None,
 ) -> tuple[Ranked, jax.Array]:
@@ -260,7 +148,7 @@ def _fold(
         return lax.scan(lambda c, i: (step(c, score(i)), None), carry, jnp.arange(blocks))[0]
 
     rows = jax.eval_shape(score, jnp.int32(0)).scores.shape[0]
-    if exclude is not None and target is not None:
+    if exclude is not None and target is not None and counts:
         exclude = jnp.where((exclude[:, :, None] == target[:, None, :]).any(-1), -1, exclude)
     left_out = None if exclude is None else _local(exclude, first)
     targets = None if target is None else _local(target, first)
@@ -290,10 +178,12 @@ def _fold(
         top = best, jnp.take_along_axis(every_id, places, axis=1)
     scores, ids = (None, None) if top is None else (top[0], jnp.where(top[0] == -jnp.inf, -1, top[1]))
     if target is None or targets is None:
-        return Ranked(None, None, scores, ids), nan
+        return Ranked(None, None, scores, ids, None), nan
     if axis is not None:
         own = lax.psum(own, axis)  # zero on every device but the target's
         nan = lax.pmax(nan.astype(jnp.int32), axis) > 0
+    if not counts:
+        return Ranked(None, None, scores, ids, own), nan
 
     def count(carry: tuple[Any, Any], part: _Block) -> tuple[Any, Any]:
         every, kept = carry
@@ -313,7 +203,8 @@ def _fold(
     ahead = (own[:, None, :] > own[:, :, None]) | ((own[:, None, :] == own[:, :, None]) & earlier)
     ahead = (ahead & real[:, None, :]).sum(-1, dtype=jnp.int32)
     ranks_all = jnp.where(real, 1 + every + ahead, 0)
-    return Ranked(ranks_all if kept is None else jnp.where(real, 1 + kept + ahead, 0), ranks_all, scores, ids), nan
+    ranks = ranks_all if kept is None else jnp.where(real, 1 + kept + ahead, 0)
+    return Ranked(ranks, ranks_all, scores, ids, own), nan
 
 
 def _canonical(scores: jax.Array) -> jax.Array:
@@ -362,48 +253,5 @@ def _pad(x: jax.Array, rows: int, value: float) -> jax.Array:
     return x if rows == 0 else jnp.pad(x, ((0, rows),) + ((0, 0),) * (x.ndim - 1), constant_values=value)
 
 
-def _names(axis: Axis | None) -> tuple[str, ...]:
+def axis_names(axis: Axis | None) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else tuple(axis or ())
-
-
-def _check(query: Array, item: Array, bias: Array | None, block: int, mesh: Mesh | None, axis: Axis | None) -> None:
-    if query.ndim != 2 or item.ndim != 2 or query.shape[1] != item.shape[1] or item.shape[0] == 0:
-        raise RecJaxError(f"query {query.shape}, item {item.shape}: expected [Q, D] and [N, D] of one width, with N > 0")
-    if query.dtype != item.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
-        raise RecJaxError(f"query is {query.dtype}, item is {item.dtype}: expected one floating type; cast one of them")
-    if bias is not None and bias.shape != (item.shape[0],):
-        raise RecJaxError(f"bias {bias.shape}: expected [N] = {(item.shape[0],)}")
-    if block < 1:
-        raise RecJaxError(f"block={block}: it must be at least 1")
-    if (mesh is None) != (axis is None):
-        raise RecJaxError(f"mesh={mesh}, axis={axis!r}: give both or neither")
-    for name in _names(axis):
-        if mesh is not None and name not in mesh.shape:
-            raise RecJaxError(f"axis {name!r} is not in the mesh; it has: {', '.join(mesh.shape)}")
-
-
-def _check_ids(name: str, ids: Array | None, rows: int, items: int | None) -> None:
-    if ids is None:
-        return
-    if ids.ndim != 2 or ids.shape[0] != rows or not np.issubdtype(ids.dtype, np.integer):
-        raise RecJaxError(f"{name}: expected integers [{rows}, any], got {ids.shape} {ids.dtype}")
-    if items is not None and ids.size and int(np.max(ids)) >= items:
-        row = int(np.argmax(np.max(ids, axis=1)))
-        raise RecJaxError(f"{name}[{row}] names item {int(np.max(ids))}, but there are {items} items")
-
-
-def _check_targets(target: np.ndarray, rows: int, items: int) -> None:
-    _check_ids("target", target, rows, items)
-    in_order = np.sort(np.asarray(target), axis=1)
-    twice = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1)
-    if twice.any():
-        raise RecJaxError(
-            f"target[{int(np.argmax(twice))}] = {target[int(np.argmax(twice))].tolist()} names an item twice; keep one of each"
-        )
-
-
-def _refuse_nan(nan: np.ndarray) -> None:
-    if nan.any():
-        raise RecJaxError(
-            f"row {int(np.argmax(nan))} of {len(nan)} has a NaN score ({int(nan.sum())} rows have); look for NaN in the vectors"
-        )

@@ -1,0 +1,210 @@
+"""A shard's part of a batch as it fills: windows in packed histories or texts, their items once each, within fixed budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rec_jax.data.packing import Rows, TextRows
+from rec_jax.types import Batch, Ragged
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Budgets of one shard, by the names of `config.batch`.
+
+    Attributes:
+      encode_items: False where item vectors come from a table.
+      negatives: K, mined negatives that each example brings; 0 = none.
+      negative_items: places of M for them where nothing is encoded; see `with_negatives`.
+    """
+
+    shards: int
+    history_rows: int
+    history_length: int
+    max_items: int
+    text_rows: int
+    row_tokens: int
+    user_rows: int
+    user_history: int
+    user_kind: str
+    encode_items: bool
+    negatives: int = 0
+    negative_items: int = 0
+
+    @classmethod
+    def from_config(cls, config: Any) -> BatchSpec:
+        """The budgets that a config states."""
+        b = config.batch
+        return cls(
+            shards=b.shards,
+            history_rows=b.history_rows,
+            history_length=b.history_length,
+            max_items=b.max_items,
+            text_rows=b.text_rows,
+            row_tokens=b.row_tokens,
+            user_rows=b.user_rows,
+            user_history=b.user_history,
+            user_kind=config.towers.user.kind,
+            encode_items=config.towers.text.source == "tokens",
+        )
+
+    def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:
+        """The budgets for examples that bring K mined negatives each; `mean_places` are the history places that one fills on average.
+
+        As many windows as fill the shard on average have room for theirs. Where more and shorter ones come together, the places that
+        windows of several items leave free take them, and what does not fit waits, as for every other budget.
+        """
+        windows = math.ceil(self.history_rows * self.history_length / mean_places)
+        return dataclasses.replace(self, negatives=negatives, negative_items=windows * negatives)
+
+    @property
+    def items(self) -> int:
+        """M. Where nothing is encoded the only bound is the number of places: each window brings its length + 1 items."""
+        return self.max_items if self.encode_items else 2 * self.history_rows * self.history_length + self.negative_items
+
+    @property
+    def queries(self) -> int:
+        """Q. A written-out history fills at least half a row, or two of them share one."""
+        return self.history_rows * self.history_length if self.user_kind == "history" else 2 * self.user_rows
+
+
+class Draft:
+    """A shard's part of a batch as it fills.
+
+    Args:
+      spec: the budgets.
+      texts: tokens of each catalogue item; None where nothing is encoded.
+      negatives: [U, K] mined negatives of each user; None without.
+      seed: of the places where written-out histories are cut.
+    """
+
+    def __init__(self, spec: BatchSpec, texts: Ragged | None, negatives: np.ndarray | None, seed: int):
+        self._spec, self._texts, self._mined, self._seed = spec, texts, negatives, seed
+        self._index: dict[int, int] = {}
+        self._item_ids = np.full(spec.items, -1, np.int32)
+        self._item_places = np.zeros(spec.items, np.int32)
+        self._item_rows = TextRows(spec.text_rows, spec.row_tokens) if spec.encode_items else None
+        self._targets = np.full(spec.queries, -1, np.int32)
+        self._weights = np.zeros(spec.queries, np.float32)
+        self._negatives = None if negatives is None else np.full((spec.queries, spec.negatives), -1, np.int32)
+        self._examples: list[int] = []
+        if spec.user_kind == "history":
+            shape = (spec.history_rows, spec.history_length)
+            self._rows = Rows(*shape, per_row=shape[1])
+            self._history, self._segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+        else:
+            self._user_rows = TextRows(spec.user_rows, spec.row_tokens)
+            self._user_places = np.zeros(spec.queries, np.int32)
+
+    def has_room(self) -> bool:
+        """Whether the smallest example could still fit."""
+        return self._rows.has_room() if self._spec.user_kind == "history" else self._user_rows.rows.has_room()
+
+    def add(self, user: int, items: np.ndarray, position: int) -> bool:
+        """Adds an example whole, or leaves the draft as it was and returns False."""
+        mined = self._negatives_of(user, items)
+        added = self._add_history(items, mined) if self._spec.user_kind == "history" else self._add_text(items, mined, position)
+        if added:
+            self._examples.append(user)
+        return added
+
+    def _negatives_of(self, user: int, items: np.ndarray) -> np.ndarray:
+        """The user's mined negatives -> [K] catalogue indices, -1 where it is an item of the window: that is a positive of some place."""
+        if self._mined is None:
+            return np.zeros(0, np.int32)
+        mined = self._mined[user]
+        return np.where(np.isin(mined, items), -1, mined)
+
+    def _add_history(self, items: np.ndarray, mined: np.ndarray) -> bool:
+        mark = self._rows.mark()
+        at = self._rows.place(len(items) - 1)
+        if at is None or not self._add_items(items, mined):
+            self._rows.reset(mark)
+            return False
+        row, offset, segment = at
+        local = np.asarray([self._index[int(i)] for i in items], np.int32)
+        here = slice(offset, offset + len(items) - 1)
+        self._history[row, here], self._segments[row, here] = local[:-1], segment
+        flat = row * self._spec.history_length + offset
+        self._targets[flat : flat + len(items) - 1] = local[1:]
+        self._weights[flat : flat + len(items) - 1] = 1.0
+        self._put_negatives(slice(flat, flat + len(items) - 1), mined)
+        return True
+
+    def _add_text(self, items: np.ndarray, mined: np.ndarray, position: int) -> bool:
+        number, texts = len(self._examples), self._texts
+        assert texts is not None
+        if number == self._spec.queries:
+            return False
+        # Which event is the target is drawn anew each epoch, by the position alone, so that a resume draws the same.
+        random = np.random.default_rng((self._seed, position))
+        cut = int(random.integers(1, len(items)))
+        text = history_text(texts, items[max(0, cut - self._spec.user_history) : cut], self._spec.row_tokens)
+        mark = self._user_rows.rows.mark()
+        at = self._user_rows.rows.place(len(text))
+        if at is None or not self._add_items(items[cut : cut + 1], mined):
+            self._user_rows.rows.reset(mark)
+            return False
+        self._user_places[number] = self._user_rows.write(text, at)
+        self._targets[number] = self._index[int(items[cut])]
+        self._weights[number] = 1.0
+        self._put_negatives(slice(number, number + 1), mined)
+        return True
+
+    def _put_negatives(self, places: slice, mined: np.ndarray) -> None:
+        """The same K negatives stand at each of the example's query places, as local indices."""
+        if self._negatives is not None:
+            self._negatives[places] = [self._index[i] if i >= 0 else -1 for i in mined.tolist()]
+
+    def _add_items(self, items: np.ndarray, mined: np.ndarray) -> bool:
+        """Gives each new item a local index and, where texts are encoded, a place in a packed row; all of them or none."""
+        new = [i for i in dict.fromkeys([*items.tolist(), *mined.tolist()]) if i >= 0 and i not in self._index]
+        if len(self._index) + len(new) > self._spec.items:
+            return False
+        if self._item_rows is not None:
+            assert self._texts is not None
+            mark = self._item_rows.rows.mark()
+            places = []
+            for i in new:
+                at = self._item_rows.rows.place(len(self._texts[i]))
+                if at is None:
+                    self._item_rows.rows.reset(mark)
+                    return False
+                places.append(at)
+            for local, (i, at) in enumerate(zip(new, places, strict=True), start=len(self._index)):
+                self._item_places[local] = self._item_rows.write(self._texts[i], at)
+        self._item_ids[len(self._index) : len(self._index) + len(new)] = new
+        self._index.update({i: local for local, i in enumerate(new, start=len(self._index))})
+        return True
+
+    def batch(self) -> Batch:
+        """The arrays; `examples` has one place a query, which no shard can exceed."""
+        examples = np.full(self._spec.queries, -1, np.int32)
+        examples[: len(self._examples)] = self._examples
+        out = Batch(self._item_ids, self._targets, self._weights, examples, negatives=self._negatives)
+        if self._item_rows is not None:
+            out.item_tokens, out.item_segments = self._item_rows.tokens, self._item_rows.segments
+            out.item_places = self._item_places
+        if self._spec.user_kind == "history":
+            out.history, out.history_segments = self._history, self._segments
+        else:
+            out.user_tokens, out.user_segments = self._user_rows.tokens, self._user_rows.segments
+            out.user_places = self._user_places
+        return out
+
+
+def history_text(texts: Ragged, items: Sequence[int] | np.ndarray, row_tokens: int) -> np.ndarray:
+    """Catalogue texts and a history, oldest first -> tokens of "[CLS] newest [SEP] second newest [SEP] ...", cut at row_tokens."""
+    parts = [texts[int(i)] for i in reversed(items)]
+    if not parts:
+        return texts.flat[:0]
+    joined = np.concatenate([parts[0], *(p[1:] for p in parts[1:])])
+    if len(joined) > row_tokens:
+        joined = joined[:row_tokens].copy()
+        joined[-1] = parts[0][-1]
+    return joined

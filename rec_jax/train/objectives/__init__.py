@@ -1,0 +1,68 @@
+"""Objectives: what each needs, and its pure function (outputs, batch, context, spec) -> (loss, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rec_jax.towers.two_tower import TwoTowerSpec
+from rec_jax.train.objectives import info_nce, pairs, views
+from rec_jax.train.objectives.base import Objective, ramp_up, target_ids, targets
+from rec_jax.types import RecJaxError
+
+__all__ = ["OBJECTIVES", "Objective", "check", "make_objectives", "ramp_up", "target_ids", "targets"]
+
+OBJECTIVES: dict[str, Callable[[float, dict[str, Any]], Objective]] = {
+    "info_nce": info_nce.make,
+    "bce": pairs.make_bce,
+    "sigmoid": pairs.make_sigmoid,
+    "triplet": pairs.make_triplet,
+    "simcse": views.make_simcse,
+    "simclr": views.make_simclr,
+}
+
+
+def make_objectives(objectives: Mapping[str, Mapping[str, Any]]) -> tuple[Objective, ...]:
+    """`config.objectives` -> those with a weight above 0.
+
+    Raises:
+      RecJaxError: an unknown name, a bad value, or none with weight.
+    """
+    out = []
+    for name, keys in objectives.items():
+        if name not in OBJECTIVES:
+            raise RecJaxError(f"config.objectives.{name}: no such objective; there are {', '.join(OBJECTIVES)}")
+        if keys["weight"] > 0:
+            out.append(OBJECTIVES[name](keys["weight"], {k: v for k, v in keys.items() if k != "weight"}))
+    if not out:
+        raise RecJaxError(f"config.objectives gives none of {', '.join(objectives)} a weight above 0")
+    return tuple(out)
+
+
+def check(objectives: tuple[Objective, ...], towers: TwoTowerSpec, *, shards: int, queries: int) -> None:
+    """Finds out before anything is compiled whether towers and batches (G shards of Q queries) have what the objectives need.
+
+    Raises:
+      RecJaxError: names the config key, its value and what it must be.
+    """
+    for o in objectives:
+        place, batch = f"config.objectives.{o.name}", shards * queries
+        if o.queue and (o.queue < batch or o.queue % batch):
+            fits = batch if o.queue < batch else o.queue // batch * batch
+            what = "is shorter than a batch" if o.queue < batch else "is no whole number of batches"
+            raise RecJaxError(
+                f"{place}.queue={o.queue} {what} of {shards} shards x {queries} places; set it to {fits}, or another multiple"
+            )
+        for width in o.matryoshka:
+            if not 0 < width < towers.dim:
+                raise RecJaxError(
+                    f"{place}.matryoshka has the width {width}; expected widths above 0 and below config.towers.dim={towers.dim}"
+                )
+        if o.positives > 1 and towers.history is None:
+            raise RecJaxError(f"{place}.positives={o.positives} are next items of a packed history: set config.towers.user.kind='history'")
+        if o.uniform % shards:
+            raise RecJaxError(f"{place}.uniform={o.uniform} does not divide over config.batch.shards={shards}; make it a multiple")
+        if o.views and not towers.encode:
+            raise RecJaxError(f"{place} encodes texts in the step: set config.towers.text.source='tokens', or {place}.weight=0")
+        if o.views and not towers.text.dropout > 0:
+            raise RecJaxError(f"{place} needs dropout, or its two views are the same: set config.towers.text.dropout, e.g. to 0.1")

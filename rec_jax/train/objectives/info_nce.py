@@ -1,0 +1,243 @@
+"""InfoNCE of users and items, with every kind of candidate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rec_jax.losses import Candidates, weighted_info_nce
+from rec_jax.losses.matryoshka import cut
+from rec_jax.train.objectives import base
+from rec_jax.types import Batch, Context, Outputs, RecJaxError
+
+FORMS = ("standard", "decoupled", "debiased")
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoNCESpec:
+    """Keys of `config.objectives.info_nce`."""
+
+    candidates: str
+    temperature: float
+    learn_temperature: bool
+    log_q: float
+    mask_equal: bool
+    symmetric: bool
+    label_smoothing: float
+    min_temperature: float = 0.01
+    max_temperature: float = 1.0
+    positives: int = 1
+    queue: int = 0
+    momentum: float = 0.0
+    uniform: int = 0
+    hard: bool = False
+    form: str = "standard"
+    positive_prior: float = 0.0
+    matryoshka: tuple[int, ...] = ()
+    shard_catalogue: bool = False
+
+    def __post_init__(self) -> None:
+        place = "info_nce"
+        base.check_range(f"{place}.temperature", self.temperature, above=0)
+        base.check_range(f"{place}.min_temperature", self.min_temperature, above=0)
+        base.check_range(f"{place}.label_smoothing", self.label_smoothing, least=0, below=1)
+        base.check_range(f"{place}.momentum", self.momentum, least=0, below=1)
+        base.check_range(f"{place}.positive_prior", self.positive_prior, least=0, below=1)
+        base.check_range(f"{place}.positives", self.positives, least=1)
+        base.check_range(f"{place}.queue", self.queue, least=0)
+        base.check_range(f"{place}.uniform", self.uniform, least=0)
+        place = f"config.objectives.{place}"
+        if self.learn_temperature and not self.min_temperature <= self.temperature <= self.max_temperature:
+            raise RecJaxError(
+                f"{place}.temperature={self.temperature} is outside of its bounds min_temperature={self.min_temperature} and "
+                f"max_temperature={self.max_temperature}"
+            )
+        if self.form not in FORMS:
+            raise RecJaxError(f"{place}.form={self.form!r}: expected one of {', '.join(FORMS)}")
+        if self.positive_prior and self.form != "debiased":
+            raise RecJaxError(f"{place}.positive_prior={self.positive_prior} acts with form='debiased' only; form is {self.form!r}")
+        if self.candidates == "catalogue":
+            for key in ("symmetric", "queue", "momentum", "uniform", "hard"):
+                value = dataclasses.asdict(self)[key]
+                if value:
+                    raise RecJaxError(f"{place}.{key}={value} needs batch candidates: set candidates='batch', or leave {key} off")
+        if self.shard_catalogue and self.candidates != "catalogue":
+            raise RecJaxError(f"{place}.shard_catalogue=True needs candidates='catalogue'; candidates is {self.candidates!r}")
+        if self.positives > 1 and self.symmetric:
+            raise RecJaxError(f"{place}.symmetric=True needs positives=1: an item seeks one query of its own; positives={self.positives}")
+        if self.label_smoothing and (self.positives > 1 or self.form != "standard"):
+            raise RecJaxError(f"{place}.label_smoothing={self.label_smoothing} goes with positives=1 and form='standard' only")
+
+
+def temperature(scalars: Mapping[str, jax.Array], spec: InfoNCESpec) -> jax.Array | float:
+    """The temperature in use, learned within its bounds or fixed."""
+    if not spec.learn_temperature:
+        return spec.temperature
+    return base.bounded(jnp.exp(scalars["info_nce_log_temperature"]), spec.min_temperature, spec.max_temperature)
+
+
+def next_places(batch: Batch, positives: int) -> jax.Array:
+    """Places [G, Q, K] among a shard's queries whose targets are the next K items after each query; -1 where the history ends before.
+
+    The target of a place is the item after it, so the second next item is the target of the next place, while that is of the same history.
+    """
+    shards, rows, length = batch.history_segments.shape
+    segments = jnp.pad(jnp.asarray(batch.history_segments), ((0, 0), (0, 0), (0, positives - 1)))
+    place = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
+    columns = []
+    for k in range(positives):
+        same = (segments[:, :, k : k + length] == segments[:, :, :length]) & (segments[:, :, :length] > 0)
+        columns.append(jnp.where(same, place + k, -1))
+    return jnp.stack(columns, axis=-1).reshape(shards, rows * length, positives)
+
+
+def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """InfoNCE of every query against the targets of the global batch and what joins them, or the whole catalogue -> (loss, metrics).
+
+    With a momentum encoder, it makes the candidates, which get no gradient; a symmetric loss seeks its queries as well. The queue holds
+    the candidates of earlier batches.
+
+    Reference: van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018), section 2.3; log Q after
+    Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (2019), section 3; queue after He et al.,
+    "Momentum Contrast for Unsupervised Visual Representation Learning" (2020), section 3.2, and, without momentum, Wang et al.,
+    "Cross-Batch Memory for Embedding Learning" (2020), section 3; uniform negatives after Yang et al., "Mixed Negative Sampling" (2020);
+    prefixes after Kusupati et al., "Matryoshka Representation Learning" (2022), section 3.
+    """
+    tau, weights = temperature(context.scalars, spec), base.mean_weights(batch)
+    make = _catalogue if spec.candidates == "catalogue" else _batch
+    # A catalogue that every device holds whole needs no ring: queries are split over the devices, and gradients are summed.
+    ring = spec.candidates == "batch" or spec.shard_catalogue
+    mesh, axes = (context.mesh, context.axes) if ring else (None, None)
+    losses = []
+    for width in (*spec.matryoshka, None):
+        problems = [_cut(problem, width, context.normalize) for problem in make(outputs, batch, context, spec)]
+        parts = [weighted_info_nce(**p, temperature=tau, weights=weights, mesh=mesh, axis=axes) for p in problems]
+        losses.append(sum(parts[1:], parts[0]) / len(parts))
+    loss = sum(losses[1:], losses[0]) / len(losses)
+    return loss, {"info_nce": loss, "temperature": jnp.asarray(tau)}
+
+
+def _catalogue(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> list[dict[str, Any]]:
+    """Every item of the catalogue is a candidate."""
+    ids, items = base.flat(base.target_ids(batch)), outputs.catalogue
+    options: dict[str, Any] = {"target": ids, "label_smoothing": spec.label_smoothing}
+    if spec.positives > 1:
+        places = next_places(batch, spec.positives)
+        ids = base.flat(jnp.where(places >= 0, base.lookup(base.target_ids(batch), places), -1))
+        options = {"target": ids, "positive": jnp.take(items, jnp.maximum(ids, 0), axis=0)}
+    if context.mesh is not None and spec.shard_catalogue:
+        # The devices hold equal shares of the candidates.
+        left = -len(items) % math.prod(context.mesh.shape[a] for a in context.axes or ())
+        options["item_mask"] = jnp.arange(len(items) + left) < len(items)
+        items = jnp.pad(items, ((0, left), (0, 0)))
+    return [{"query": base.flat(outputs.user), "item": items, **_forms(spec), **options}]
+
+
+def _batch(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> list[dict[str, Any]]:
+    """The targets of the global batch are candidates, and those of the queue, uniform draws and hard negatives with them."""
+    keys = context.momentum if spec.momentum else outputs
+    assert keys is not None
+    ids, there = base.flat(base.target_ids(batch)), base.flat(batch.weights) > 0
+    sets = [Candidates(base.targets(keys, batch), ids, there)]
+    if spec.queue:
+        queued = context.queue["ids"].reshape(-1)
+        sets.append(Candidates(context.queue["vectors"].reshape(-1, outputs.user.shape[-1]), queued, queued >= 0))
+    drawn = []
+    if spec.uniform:
+        drawn.append(Candidates(outputs.drawn[: spec.uniform], outputs.drawn_ids[: spec.uniform], jnp.ones(spec.uniform, bool)))
+    if spec.log_q:
+        sets, drawn = _with_log_q(sets, drawn, context.log_q)
+    if not spec.mask_equal:
+        sets, drawn = ([c._replace(ids=None) for c in some] for some in (sets, drawn))
+    item, *negatives = [*sets, *drawn]
+    options: dict[str, Any] = {
+        "query": base.flat(outputs.user),
+        "item": item.vectors,
+        "log_q": item.log_q,
+        "log_q_strength": spec.log_q,
+        "query_ids": ids if spec.mask_equal else None,
+        "item_ids": item.ids,
+        "item_mask": there,
+        "negatives": negatives,
+        "label_smoothing": spec.label_smoothing,
+        **_forms(spec),
+    }
+    if spec.positives > 1:
+        options |= _positives(keys, batch, spec)
+    if spec.hard:
+        options |= _hard(keys, batch)
+    if not spec.symmetric or not spec.momentum:
+        return [{**options, "symmetric": spec.symmetric}]
+    opposite = {"query": base.targets(outputs, batch), "item": base.flat(keys.user), "item_mask": there, **_forms(spec)}
+    return [options, {**opposite, "query_ids": options["query_ids"], "item_ids": options["query_ids"]}]
+
+
+def _forms(spec: InfoNCESpec) -> dict[str, Any]:
+    return {"form": spec.form, "positive_prior": spec.positive_prior}
+
+
+def _with_log_q(sets: list[Candidates], drawn: list[Candidates], log_q: Any) -> Any:
+    """Both lists with log Q: that of the mixture where some candidates are drawn by popularity (`sets`), others uniformly (`drawn`).
+
+    The loss counts all candidates as draws of one distribution: item j is one with probability (n q_j + U / N) / (n + U).
+    """
+    if not drawn:
+        return [c._replace(log_q=jnp.take(log_q, jnp.maximum(c.ids, 0))) for c in sets], []
+    popular = jnp.asarray(sum(jnp.sum(c.mask) for c in sets), jnp.float32)
+    uniform = sum(len(c.ids) for c in drawn)
+    total = jnp.log(popular + uniform)
+    mixture = jnp.logaddexp(log_q + jnp.log(popular), math.log(uniform / len(log_q))) - total
+    return [[c._replace(log_q=jnp.take(mixture, jnp.maximum(c.ids, 0))) for c in some] for some in (sets, drawn)]
+
+
+def _positives(keys: Outputs, batch: Batch, spec: InfoNCESpec) -> dict[str, Any]:
+    """The next K items of the history as positives of a query; all are candidates of the batch too."""
+    places = next_places(batch, spec.positives)
+    shards, queries, _ = places.shape
+    vectors = base.lookup(base.lookup(keys.item, batch.targets), places)
+    ids = jnp.where(places >= 0, base.lookup(base.target_ids(batch), places), -1)
+    rows = jnp.where(places >= 0, places + queries * jnp.arange(shards, dtype=places.dtype)[:, None, None], -1)
+    options = {"target": base.flat(rows), "positive": base.flat(vectors)}
+    return {**options, "query_ids": base.flat(ids)} if spec.mask_equal else options
+
+
+def _hard(keys: Outputs, batch: Batch) -> dict[str, Any]:
+    if batch.negatives is None:
+        raise RecJaxError("config.objectives.info_nce.hard=True, but batches have no mined negatives: set config.data.negatives to a file")
+    ids = jnp.where(batch.negatives >= 0, base.lookup(batch.item_ids, batch.negatives), -1)
+    return {"hard_negatives": base.flat(base.lookup(keys.item, batch.negatives)), "hard_ids": base.flat(ids)}
+
+
+VECTORS = ("query", "item", "positive", "hard_negatives")
+
+
+def _cut(problem: dict[str, Any], width: int | None, normalize: bool) -> dict[str, Any]:
+    """The problem with all vectors cut to their first `width` numbers; None = whole."""
+    if width is None:
+        return problem
+    short = {name: cut(problem.get(name), width, normalize=normalize) for name in VECTORS}
+    negatives = [c._replace(vectors=cut(c.vectors, width, normalize=normalize)) for c in problem.get("negatives", ())]
+    return {**problem, **short, "negatives": negatives}
+
+
+def make(weight: float, keys: dict[str, Any]) -> base.Objective:
+    """`config.objectives.info_nce` -> Objective."""
+    spec = InfoNCESpec(**keys)
+    return base.Objective(
+        name="info_nce",
+        weight=weight,
+        spec=spec,
+        function=info_nce,
+        scalars=(("info_nce_log_temperature", math.log(spec.temperature)),) if spec.learn_temperature else (),
+        catalogue=spec.candidates == "catalogue",
+        uniform=spec.uniform,
+        queue=spec.queue,
+        momentum=spec.momentum,
+        positives=spec.positives,
+        matryoshka=spec.matryoshka,
+    )

@@ -1,0 +1,138 @@
+"""Losses of single pairs and triples of the global batch: binary cross-entropy, sigmoid, triplet."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rec_jax.losses import bce_with_negatives, sigmoid_loss, triplet_loss
+from rec_jax.train.objectives import base
+from rec_jax.types import Batch, Context, Outputs, RecJaxError
+
+MININGS = ("hard", "semi_hard", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class BCESpec:
+    """Keys of `config.objectives.bce`."""
+
+    negatives: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        base.check_range("bce.negatives", self.negatives, least=1)
+        base.check_range("bce.scale", self.scale, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidSpec:
+    """Keys of `config.objectives.sigmoid`: start values of the learned scale and bias."""
+
+    scale: float
+    bias: float
+    mask_equal: bool
+
+    def __post_init__(self) -> None:
+        base.check_range("sigmoid.scale", self.scale, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletSpec:
+    """Keys of `config.objectives.triplet`."""
+
+    margin: float
+    mining: str
+
+    def __post_init__(self) -> None:
+        base.check_range("triplet.margin", self.margin, above=0)
+        if self.mining not in MININGS:
+            raise RecJaxError(f"config.objectives.triplet.mining={self.mining!r}: expected one of {', '.join(MININGS)}")
+
+
+def bce(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Binary cross-entropy of the target against targets drawn from the global batch -> (loss, metrics).
+
+    Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3.5, with K negatives.
+    """
+    query = base.flat(outputs.user)
+    ids, weights = base.flat(base.target_ids(batch)), base.mean_weights(batch)
+    # Negatives are drawn by weight, so that padding is never one of them.
+    logits = jnp.log(jnp.maximum(weights, 1e-30))
+    negatives = jax.random.categorical(context.rng, logits, shape=(query.shape[0], spec.negatives))
+    losses = bce_with_negatives(
+        query,
+        base.targets(outputs, batch),
+        jnp.arange(query.shape[0]),
+        negatives=negatives,
+        scale=context.scalars["bce_scale"],
+        bias=context.scalars["bce_bias"],
+        query_ids=ids,
+        item_ids=ids,
+    )
+    loss = jnp.sum(losses * weights)
+    return loss, {"bce": loss}
+
+
+def sigmoid(outputs: Outputs, batch: Batch, context: Context, spec: SigmoidSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Every pair of a query and a target of the global batch is a binary classification -> (loss, metrics).
+
+    Reference: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), section 3.2.
+    """
+    ids = base.flat(base.target_ids(batch)) if spec.mask_equal else None
+    losses = sigmoid_loss(
+        base.flat(outputs.user),
+        base.targets(outputs, batch),
+        scale=jnp.exp(context.scalars["sigmoid_log_scale"]),
+        bias=context.scalars["sigmoid_bias"],
+        weights=base.mean_weights(batch),
+        query_ids=ids,
+        item_ids=ids,
+        item_mask=base.flat(batch.weights) > 0,
+        mesh=context.mesh,
+        axis=context.axes,
+    )
+    loss = jnp.sum(losses)
+    return loss, {"sigmoid": loss, "sigmoid_scale": jnp.exp(context.scalars["sigmoid_log_scale"])}
+
+
+def triplet(outputs: Outputs, batch: Batch, context: Context, spec: TripletSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The target nearer than other targets of the global batch by a margin -> (loss, metrics).
+
+    Reference: Schroff et al., "FaceNet" (2015), sections 3.1 and 3.2; Hermans et al., "In Defense of the Triplet Loss" (2017), eq. 5.
+    """
+    ids, weights = base.flat(base.target_ids(batch)), base.mean_weights(batch)
+    losses = triplet_loss(
+        base.flat(outputs.user),
+        base.targets(outputs, batch),
+        margin=spec.margin,
+        mining=spec.mining,
+        weights=weights,
+        query_ids=ids,
+        item_ids=ids,
+        item_mask=base.flat(batch.weights) > 0,
+        mesh=context.mesh,
+        axis=context.axes,
+    )
+    loss = jnp.sum(losses)
+    return loss, {"triplet": loss}
+
+
+def make_bce(weight: float, keys: dict[str, Any]) -> base.Objective:
+    """`config.objectives.bce` -> Objective."""
+    spec = BCESpec(**keys)
+    return base.Objective("bce", weight, spec, bce, (("bce_scale", spec.scale), ("bce_bias", 0.0)))
+
+
+def make_sigmoid(weight: float, keys: dict[str, Any]) -> base.Objective:
+    """`config.objectives.sigmoid` -> Objective."""
+    spec = SigmoidSpec(**keys)
+    return base.Objective("sigmoid", weight, spec, sigmoid, (("sigmoid_log_scale", math.log(spec.scale)), ("sigmoid_bias", spec.bias)))
+
+
+def make_triplet(weight: float, keys: dict[str, Any]) -> base.Objective:
+    """`config.objectives.triplet` -> Objective."""
+    return base.Objective("triplet", weight, TripletSpec(**keys), triplet)
