@@ -190,6 +190,7 @@ def test_one_that_fails_is_named_by_the_others(tmp_path):
     assert "The same command goes on from the last checkpoint." in texts[0]
 
 
+@pytest.mark.slow
 def test_one_that_is_stuck_is_named_and_one_that_dies_ends_the_others(tmp_path):
     started = start(tmp_path, "die")
     assert started[1].wait(timeout=120) == 7

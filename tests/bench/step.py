@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
