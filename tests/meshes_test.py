@@ -89,14 +89,7 @@ QUICK = {("frozen_catalogue", "2x2x2"), ("frozen_catalogue", "8x1x1"), ("tokens_
 PAIRS = [pytest.param(w, m, marks=() if (w, m) in QUICK else pytest.mark.slow) for w in WORLDS for m in MESHES]
 
 
-# The mesh of all three axes always; those of one and two axes where the encoder is in the step take a minute each.
-@pytest.mark.parametrize(
-    ("world", "shape"),
-    [
-        pytest.param(*pair, marks=[pytest.mark.slow] if pair[0].split("_")[0] in ("tokens", "written") and pair[1] != "2x2x2" else [])
-        for pair in PAIRS
-    ],
-)
+@pytest.mark.parametrize(("world", "shape"), PAIRS)
 def test_a_mesh_trains_as_one_device_does(world, shape, folder):
     (loss, gradients), expected = on_one_device(world, folder)
     mesh = mesh_of(MESHES[shape])
