@@ -163,14 +163,18 @@ def bytes_per_device(shapes: Any, placed: Any) -> int:
 
 
 def over_batch(x: jax.Array) -> jax.Array:
-    """States, inside `jit`, that the leading axis of x [G or G * n, ...] lies over the batch axes; does nothing where no mesh is set.
+    """States, inside `jit`, that the leading axis of x [G or G * n, ...] lies over the batch axes.
+
+    Does nothing where no mesh is set, or in a shard_map.
 
     XLA would else be free to split activations along a parameter's axes, and to move them at each layer.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % int(np.prod([mesh.shape[a] for a in BATCH_AXES if a in mesh.shape])):
+    axes = tuple(a for a in BATCH_AXES if a in mesh.shape)
+    manual = any(kind != AxisType.Auto for kind in mesh.axis_types)
+    if mesh.empty or manual or x.shape[0] % int(np.prod([mesh.shape[a] for a in axes])):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
 def local_shards(shards: int, mesh: Mesh) -> range:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rec_jax.mesh import BATCH_AXES
+from rec_jax.mesh import BATCH_AXES, over_batch
 from rec_jax.towers import heads, history
 from rec_jax.towers.bert import BertSpec, unit_length
 from rec_jax.towers.bert import encode as encode_text
@@ -177,13 +177,14 @@ def encode_batch(
         two_views = text_item_vectors(params, spec, jnp.stack([text, text_of_items("view")])) if views else None
     else:
         item = _some_items(params, spec, jnp.take(jnp.asarray(table), jnp.maximum(batch.item_ids, 0), axis=0), batch.item_ids)
+    item = over_batch(item)
     if spec.history is not None:
         shards, rows, places = batch.history.shape
-        vectors = _lookup(item, batch.history).reshape(shards * rows, places, spec.dim)
+        vectors = over_batch(_lookup(item, batch.history).reshape(shards * rows, places, spec.dim))
         segments = batch.history_segments.reshape(shards * rows, places)
         user_keys = _key(keys, "user")
         user = history.encode(params["user"], spec.history, vectors, segments, keys=None if user_keys is None else user_keys.reshape(-1))
-        user = user.reshape(shards, rows * places, spec.dim)
+        user = over_batch(user.reshape(shards, rows * places, spec.dim))
         user = unit_length(user) if spec.normalize else user
     else:
         pooled = _packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user"), chunk_rows, mesh)
