@@ -33,6 +33,7 @@ VARIANTS = {
         "objectives.info_nce.matryoshka": (2, 4),
     },
     "catalogue": {"objectives.info_nce.positives": 3},
+    "sharded_catalogue": {"objectives.info_nce.shard_catalogue": True, "towers.item.ids": True},
     "pairs": {**FROZEN, "objectives.info_nce.weight": 0.0, "objectives.sigmoid.weight": 1.0, "objectives.triplet.weight": 1.0},
     "views": {
         **TOKENS,
@@ -83,7 +84,7 @@ def test_an_objective_learns_a_batch_in_one_trace_with_donated_state(variant, tm
     assert float(losses[-1]) < float(losses[6])
 
 
-@pytest.mark.parametrize("variant", ["moco", "everything", "simclr", "catalogue", "sharded_catalogue"])
+@pytest.mark.parametrize("variant", ["moco", "everything", "views", "catalogue", "sharded_catalogue"])
 def test_eight_devices_have_the_losses_and_the_state_of_one(variant, tmp_path):
     task = tiny.task(tiny.config(**VARIANTS[variant]), tmp_path)
     results = []
