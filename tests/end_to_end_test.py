@@ -140,6 +140,7 @@ def get_config(arg=None):
 '''
 
 
+@pytest.mark.slow
 def test_a_frozen_stage_goes_on_from_the_encoder_that_the_last_one_trained(data, tmp_path):
     (tmp_path / "chain.py").write_text(CHAIN)
     workdir = tmp_path / "work"

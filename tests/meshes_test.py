@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("meshes")
 
 
-QUICK = {("frozen_catalogue", "2x2x2"), ("frozen_catalogue", "8x1x1"), ("tokens_batch", "2x2x2"), ("frozen_batch", "2x4x1")}
+QUICK = {("frozen_catalogue", "2x2x2"), ("tokens_batch", "2x2x2"), ("frozen_batch", "2x4x1")}
 PAIRS = [pytest.param(w, m, marks=() if (w, m) in QUICK else pytest.mark.slow) for w in WORLDS for m in MESHES]
 
 
@@ -244,6 +244,7 @@ def train(folder, mesh, upto=None, **changes):
     return []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_eight_four_one_and_two_devices(tmp_path):
     expected = train(tmp_path / "whole", tiny.one_device())
     for upto, shape in ((4, (2, 2, 2)), (6, (1, 4, 1)), (8, (1, 1, 1)), (None, (1, 2, 1))):

@@ -182,6 +182,7 @@ def test_a_stop_asked_of_one_stops_all_and_one_process_goes_on(stopped, tmp_path
     np.testing.assert_allclose(losses(folder / "work"), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_named_by_the_others(tmp_path):
     codes, texts = ended(tmp_path, start(tmp_path, "fail"), seconds=120)
     assert codes == [1, 1]
