@@ -6,8 +6,8 @@ per-example loss is built on it by ordinary autodiff. Where all candidates are o
 `forward_gradients` does it in 6 B N D.
 
 On a mesh each device holds a share of both sides. One side stays, the other travels: at each of P steps a device folds what visits it and
-passes it on, so that no device ever holds more than two shares. Gradients of the visitors travel one step behind them, while the next
-tile is computed.
+passes it on, so that no device ever holds more than two shares. Gradients of the visitors travel one step behind them, and may do so while
+the next tile is computed.
 """
 
 from __future__ import annotations
@@ -297,7 +297,9 @@ def _ring(
 
     def step(carry: Any, _: Any) -> Any:
         own, visitor, its = carry
-        coming = move(visitor)  # needs nothing of this step, so it travels meanwhile
+        coming = move(
+            visitor
+        )  # needs nothing of this step, so that a compiler may send it meanwhile (not all do: tests/bench/tpu_compile.py)
         if additive:
             arriving = move(its)
             own, share = sweep(resident, own, visitor, jax.tree.map(jnp.zeros_like, its))
