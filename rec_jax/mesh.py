@@ -19,6 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the shard axis G of a batch lies over both: fsdp devices hold parts of parameters, not copies of data
 # Ordered (regex of the whole name, spec, further specs ...): the first rule that matches decides, by its first spec that divides the array.
 Rules = Sequence[tuple[Any, ...]]
+Axis = str | tuple[str, ...]  # one mesh axis, or several taken as one
 
 _BOTH = ("fsdp", "tensor")
 # Kernels lie over fsdp along one axis and over tensor along the other, so that the two matmuls of a block meet in one sum over tensor;
@@ -87,6 +88,27 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if int(np.prod(shape)) != len(devices):
         raise RecJaxError(f"config.mesh={dict(zip(AXES, shape, strict=True))} makes {np.prod(shape)} devices, there are {len(devices)}")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def axis_names(axis: Axis | None) -> tuple[str, ...]:
+    """An axis or several -> a tuple of names."""
+    return (axis,) if isinstance(axis, str) else tuple(axis or ())
+
+
+def devices_along(mesh: Mesh | None, axis: Axis | None) -> int:
+    """Number of devices along an axis or several; 1 where there is no mesh.
+
+    Raises:
+      RecJaxError: one of both without the other, an axis that is not in the mesh.
+    """
+    if (mesh is None) != (axis is None):
+        raise RecJaxError(f"mesh={mesh}, axis={axis!r}: give both or neither")
+    if mesh is None:
+        return 1
+    for name in axis_names(axis):
+        if name not in mesh.shape:
+            raise RecJaxError(f"axis {name!r} is not in the mesh; it has {', '.join(mesh.shape)}")
+    return int(np.prod([mesh.shape[a] for a in axis_names(axis)]))
 
 
 def check_shards(shards: int, mesh: Mesh) -> None:

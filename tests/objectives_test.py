@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from rec_jax import mesh as mesh_lib
+from rec_jax.data.pipeline import Batches
 from rec_jax.towers import two_tower
 from rec_jax.train import loop, objectives, stages
 from rec_jax.train import optimizer as optimizer_lib
@@ -296,6 +297,30 @@ def test_hard_negatives_need_a_file_of_them(tmp_path):
     batch.negatives[:, :, 1] = np.random.default_rng(0).integers(0, 5, (8, 32))
     more, _ = step_lib.loss_and_metrics(task.params, task.spec, batch, task.constants, None)
     assert float(more) > float(plain) + 1e-4
+
+
+def test_mined_negatives_of_the_pipeline_reach_the_loss(tmp_path):
+    """A step on batches that carry a file's negatives has the loss of a naive sum with them."""
+    task = tiny.task(tiny.config(**FROZEN, **{"objectives.info_nce.hard": True, "objectives.info_nce.log_q": 0.0}), tmp_path)
+    world, mined = tiny.World(), np.random.default_rng(0).integers(0, tiny.N_ITEMS, (tiny.N_USERS, 3)).astype(np.int32)
+    batches = Batches(world.source(), world.train_lengths(), task.batches.spec, seed=0, texts=tiny.tokens(), negatives=mined)
+    batch = next(iter(batches))
+    assert (batch.negatives >= 0).any()
+    loss, _ = step_lib.loss_and_metrics(task.params, task.spec, batch, task.constants, None)
+
+    out = two_tower.encode_batch(task.params, task.spec.towers, batch, table=task.constants.table, catalogue=False, keys=None)
+    users, items = np.float64(out.user).reshape(-1, 8), np.float64(out.item)
+    ids = np.take_along_axis(batch.item_ids, np.maximum(batch.targets, 0), 1)
+    there, flat_ids = batch.weights.reshape(-1) > 0, ids.reshape(-1)
+    candidates = np.stack([items[g][np.maximum(batch.targets[g], 0)] for g in range(8)]).reshape(-1, 8)
+    losses = []
+    for row in np.flatnonzero(there):
+        shard, place = divmod(row, batch.targets.shape[1])
+        local = [n for n in batch.negatives[shard, place] if n >= 0 and batch.item_ids[shard, n] != flat_ids[row]]
+        others = np.concatenate([candidates[there & (flat_ids != flat_ids[row])], items[shard][local]]) @ users[row] / 0.07
+        own = candidates[row] @ users[row] / 0.07
+        losses.append(np.logaddexp.reduce([own, *others]) - own)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_every_objective_of_the_defaults_can_be_made():

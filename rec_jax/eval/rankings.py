@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from rec_jax import topk
 from rec_jax.eval import metrics
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, EvalSet, Ragged, RecJaxError
 
 Block = Callable[[np.ndarray, np.ndarray, np.ndarray], topk.Ranked]
@@ -50,7 +51,7 @@ def evaluate_vectors(
     items_per_block: int = topk.BLOCK,
     bias: Array | None = None,
     mesh: Mesh | None = None,
-    axis: topk.Axis | None = None,
+    axis: Axis | None = None,
 ) -> Rankings:
     """users [U, D], items [N, D] -> Rankings of the users of `eval_set` by dot product, on the device.
 

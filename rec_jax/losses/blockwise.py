@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,12 +25,11 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 from rec_jax.losses.tiles import CANDIDATES, QUERIES, Accumulator, Side, tiles
+from rec_jax.mesh import Axis, axis_names, devices_along
 from rec_jax.types import RecJaxError
 
-Axis = str | tuple[str, ...]
-
 # Elements of a tile of logits, by platform. CPU: tests/bench/info_nce.py --blocks; a few live copies should stay in the caches. The others
-# hold what a matrix unit needs to be busy, a few copies of which fit beside a model (tests/bench/tpu_compile.py).
+# hold what a matrix unit needs to be busy, a few copies of which fit beside a model (tests/bench/tpu_compile.py). Other names are GPUs.
 TILE = {"cpu": 1 << 18, "gpu": 1 << 26, "tpu": 1 << 24}
 _LONGEST = 8192  # queries of a tile
 _SHORTEST = 128  # candidates of a tile, or matmuls turn memory-bound
@@ -58,7 +56,7 @@ class _Plan:
     @property
     def devices(self) -> int:
         """P."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in axis_names(self.axis))
+        return devices_along(self.mesh, self.axis)
 
     @property
     def tile(self) -> int:
@@ -93,21 +91,9 @@ class _Known(NamedTuple):
     cotangents: Any
 
 
-def axis_names(axis: Axis | None) -> tuple[str, ...]:
-    """An axis or several -> a tuple of names."""
-    return (axis,) if isinstance(axis, str) else tuple(axis or ())
-
-
 def check_axis(mesh: Mesh | None, axis: Axis | None, *, queries: int, candidates: int) -> None:
     """Raises RecJaxError unless mesh and axis go together, the axis is in the mesh, and its devices divide both sides."""
-    if (mesh is None) != (axis is None):
-        raise RecJaxError(f"mesh={mesh}, axis={axis!r}: give both (a ring over the axis) or neither (one device)")
-    if mesh is None:
-        return
-    for name in axis_names(axis):
-        if name not in mesh.shape:
-            raise RecJaxError(f"axis {name!r} is not in the mesh; it has {', '.join(mesh.shape)}")
-    devices = math.prod(mesh.shape[a] for a in axis_names(axis))
+    devices = devices_along(mesh, axis)
     for what, rows in (("query", queries), ("item", candidates)):
         if rows % devices:
             raise RecJaxError(

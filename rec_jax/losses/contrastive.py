@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rec_jax.losses import checks, softmax
-from rec_jax.losses.blockwise import Axis
 from rec_jax.losses.cross_entropy import cross_entropy_of, mean_of_positives
 from rec_jax.losses.forward_gradients import RowLoss, Statistics
 from rec_jax.losses.softmax import Candidates
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, RecJaxError
 
 LOG_Q_FORMS = ("negatives", "all")
@@ -252,9 +252,7 @@ def _problems(
     several = positive is not None or (target is not None and np.ndim(target) == 2)
     row_loss = _row_loss(form, positive_prior, label_smoothing, several)
     scale = scale_of(temperature)
-    if item_ids is not None and query_ids is None:
-        checks.check_shape("item_ids", item_ids, (n,), "one id per candidate")
-        query_ids = item_ids[:b] if target is None else jnp.take(jnp.asarray(item_ids), jnp.maximum(jnp.asarray(target), 0), mode="clip")
+    query_ids = softmax.ids_of_positives(query_ids, item_ids, target, b)
     masks = item_ids is not None or (bool(negatives) and query_ids is not None)
     bias, target_bias, further = _log_q_bias(b, n, log_q, log_q_strength, log_q_form, masks, item_mask, negatives)
     forward = softmax.make_problem(

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rec_jax.losses import softmax
-from rec_jax.losses.blockwise import Axis
 from rec_jax.losses.checks import check_block, check_shape, check_vectors
 from rec_jax.losses.forward_gradients import RowLoss, Statistics
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, RecJaxError
 
 
@@ -122,6 +122,7 @@ def _problem(
     check_block(block)
     row_loss = cross_entropy_of(label_smoothing)
     check_vectors(query, item)
+    check_shape("scale", scale, (), "a scalar")
     check_shape("target", target, np.shape(query)[:1], "one row of item per query")
     problem = softmax.make_problem(
         query,

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rec_jax.losses import softmax
-from rec_jax.losses.blockwise import Axis, fold
+from rec_jax.losses.blockwise import fold
 from rec_jax.losses.checks import check_block, check_shape
 from rec_jax.losses.tiles import SoftplusSum
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, RecJaxError
 
 
@@ -59,17 +60,13 @@ def sigmoid_loss(
     check_shape("bias", bias, (), "a scalar")
     if not isinstance(scale, jax.core.Tracer) and not float(scale) > 0:
         raise RecJaxError(f"scale is {scale!r}; expected a number > 0, e.g. 10")
-    if item_ids is not None and query_ids is None:
-        check_shape("item_ids", item_ids, (item.shape[0],), "one id per candidate")
-        rows = jnp.arange(query.shape[0]) if target is None else jnp.maximum(jnp.asarray(target), 0)
-        query_ids = item_ids[: query.shape[0]] if target is None else jnp.take(jnp.asarray(item_ids), rows, mode="clip")
     problem = softmax.make_problem(
         query,
         item,
         scale=scale,
         target=target,
         bias=jnp.broadcast_to(jnp.asarray(bias, jnp.float32), item.shape[:1]),
-        query_ids=query_ids,
+        query_ids=softmax.ids_of_positives(query_ids, item_ids, target, query.shape[0]),
         item_ids=item_ids,
         item_mask=item_mask,
         weights=weights,

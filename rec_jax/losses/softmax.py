@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rec_jax.losses.blockwise import Axis, axis_names, check_axis, fold
+from rec_jax.losses.blockwise import check_axis, fold
 from rec_jax.losses.checks import check_shape, check_vectors
 from rec_jax.losses.forward_gradients import RowLoss, Statistics, weighted_row_loss
 from rec_jax.losses.tiles import NO_CANDIDATE, NO_POSITIVE, Accumulator, Count, LogSumExp, Side, Total, finite
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, RecJaxError
 
 
@@ -111,7 +112,6 @@ def make_problem(
     """
     check_vectors(query, item)
     b, n = np.shape(query)[0], np.shape(item)[0]
-    check_shape("scale", scale, (), "a scalar")
     aligned = target is None
     if target is None:
         if n < b:
@@ -139,7 +139,8 @@ def make_problem(
     if weights is not None:
         there = there & (jnp.asarray(weights) != 0)[:, None]
     valid = there.any(1)
-    query = jnp.where(valid[:, None], query, 0)
+    if not aligned or weights is not None or positive_mask is not None:  # else every query has its positive, and a copy is saved
+        query = jnp.where(valid[:, None], query, 0)
     bias = jnp.zeros(n, dtype) if bias is None else jnp.asarray(bias, dtype)
     if item_mask is not None:
         item = jnp.where(jnp.asarray(item_mask)[:, None], item, 0)
@@ -152,9 +153,8 @@ def make_problem(
     hard = None
     if hard_negatives is not None:
         hard = _hard_logits(side, scale, hard_negatives, hard_ids)
-    many = mesh is not None and len(axis_names(axis)) > 0
     positives: Positives | None = None
-    if positive is None and not aligned and many:
+    if positive is None and not aligned and mesh is not None:
         # Looking the targets up would gather vectors across devices: the fold meets them anyway.
         if width > 1 or target_bias is not None:
             raise RecJaxError("several targets, or a bias of their own, on a mesh need the vectors of the positives: pass `positive`")
@@ -173,6 +173,15 @@ def make_problem(
         logits = scale * jnp.einsum("bd,bkd->bk", query, own, preferred_element_type=dtype) + own_bias
         positives = Positives(jnp.where(there, logits, 0), there.astype(dtype), hard)
     return Problem(side, (first, *(_further(c, b_, dtype) for c, b_ in negatives)), scale, positives, mesh, axis)
+
+
+def ids_of_positives(query_ids: Any, item_ids: Any, target: Any, queries: int) -> Any:
+    """The ids that mask copies of the positives: as given, or the targets' where only the candidates' are given; None without any."""
+    if query_ids is not None or item_ids is None:
+        return query_ids
+    if np.ndim(item_ids) != 1:
+        raise RecJaxError(f"item_ids has shape {np.shape(item_ids)}; expected [N], one id per candidate")
+    return item_ids[:queries] if target is None else jnp.take(jnp.asarray(item_ids), jnp.maximum(jnp.asarray(target), 0), mode="clip")
 
 
 def statistics(

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rec_jax.losses import softmax
-from rec_jax.losses.blockwise import Axis, fold
-from rec_jax.losses.checks import check_block, check_shape
+from rec_jax.losses.blockwise import fold
+from rec_jax.losses.checks import check_block
 from rec_jax.losses.tiles import Accumulator, ActiveCount, HingeSum, Maximum
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, RecJaxError
 
 MINING = ("hard", "semi_hard", "all")
@@ -65,16 +66,12 @@ def triplet_loss(
         raise RecJaxError(f"margin is {margin!r}; expected a number > 0, e.g. 0.2")
     if mining not in MINING:
         raise RecJaxError(f"mining is {mining!r}; expected one of {', '.join(MINING)}")
-    if item_ids is not None and query_ids is None:
-        check_shape("item_ids", item_ids, (item.shape[0],), "one id per candidate")
-        rows = jnp.arange(query.shape[0]) if target is None else jnp.maximum(jnp.asarray(target), 0)
-        query_ids = item_ids[: query.shape[0]] if target is None else jnp.take(jnp.asarray(item_ids), rows, mode="clip")
     problem = softmax.make_problem(
         query,
         item,
         scale=1.0,
         target=target,
-        query_ids=query_ids,
+        query_ids=softmax.ids_of_positives(query_ids, item_ids, target, query.shape[0]),
         item_ids=item_ids,
         item_mask=item_mask,
         weights=weights,

@@ -9,7 +9,7 @@ block size, the number of queries or the number of devices (tests/topk_test.py).
 the shape, so there results are reproducible for one block size and device count.
 """
 
-from rec_jax.topk.fold import BLOCK, GROUP, Axis, Ranked
+from rec_jax.topk.fold import BLOCK, GROUP, Ranked
 from rec_jax.topk.search import (
     rank_and_top_k,
     rank_and_top_k_of_scores,
@@ -22,7 +22,6 @@ from rec_jax.topk.search import (
 __all__ = [
     "BLOCK",
     "GROUP",
-    "Axis",
     "Ranked",
     "rank_and_top_k",
     "rank_and_top_k_of_scores",

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+
+from rec_jax.mesh import Axis, devices_along
 
 LANE = 128  # a block of items is a multiple of this
 ROWS = 8  # and the queries of this
 GROUP = 16  # neighbouring items that a top-k takes or leaves together before it sorts
 BLOCK = 16384
-
-Axis = str | tuple[str, ...]
 
 
 class Ranked(NamedTuple):
@@ -59,7 +58,7 @@ def ranked(
     exclude = None if exclude is None else _pad(exclude, -q % ROWS, -1)
     fold = functools.partial(_fold_catalogue, k=k, counts=counts, block=block, total=n, axis=axis)
     if mesh is not None:
-        shards = int(np.prod([mesh.shape[a] for a in axis_names(axis)]))
+        shards = devices_along(mesh, axis)
         item = _pad(item, -n % shards, 0)
         bias = None if bias is None else _pad(bias, -n % shards, 0)
         rows, all_rows = PartitionSpec(axis), PartitionSpec()
@@ -70,6 +69,7 @@ def ranked(
 
 @functools.partial(jax.jit, static_argnames=("k",))
 def ranked_dense(scores: jax.Array, target: jax.Array, exclude: jax.Array | None, *, k: int) -> tuple[Ranked, Any]:
+    """What `ranked` gives, of scores [Q, N] that are there already."""
     n = scores.shape[1]
     only = _Block(_canonical(scores), jnp.int32(0), jnp.ones(n, bool))
     return _fold(lambda _: only, 1, target, exclude, k=k, counts=True, first=0, axis=None)
@@ -251,7 +251,3 @@ def _at_least(scores: jax.Array, own: jax.Array) -> jax.Array:
 
 def _pad(x: jax.Array, rows: int, value: float) -> jax.Array:
     return x if rows == 0 else jnp.pad(x, ((0, rows),) + ((0, 0),) * (x.ndim - 1), constant_values=value)
-
-
-def axis_names(axis: Axis | None) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else tuple(axis or ())

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rec_jax.topk.fold import BLOCK, Axis, Ranked, axis_names, ranked, ranked_dense
+from rec_jax.mesh import Axis, devices_along
+from rec_jax.topk.fold import BLOCK, Ranked, ranked, ranked_dense
 from rec_jax.types import Array, RecJaxError
 
 
@@ -160,11 +161,7 @@ def _check(query: Array, item: Array, bias: Array | None, block: int, mesh: Mesh
         raise RecJaxError(f"bias {bias.shape}: expected [N] = {(item.shape[0],)}")
     if block < 1:
         raise RecJaxError(f"block={block}: it must be at least 1")
-    if (mesh is None) != (axis is None):
-        raise RecJaxError(f"mesh={mesh}, axis={axis!r}: give both or neither")
-    for name in axis_names(axis):
-        if mesh is not None and name not in mesh.shape:
-            raise RecJaxError(f"axis {name!r} is not in the mesh; it has: {', '.join(mesh.shape)}")
+    devices_along(mesh, axis)
 
 
 def _check_ids(name: str, ids: Array | None, rows: int, items: int | None) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rec_jax import mesh as mesh_lib
 from rec_jax import topk
 from rec_jax.data.prepare import SPLITS, Prepared
+from rec_jax.mesh import Axis
 from rec_jax.types import Array, Ragged, RecJaxError
 
 USERS_PER_BLOCK = 256
@@ -56,7 +57,7 @@ def mine(
     block: int = topk.BLOCK,
     queries_per_block: int = USERS_PER_BLOCK,
     mesh: Mesh | None = None,
-    axis: topk.Axis | None = None,
+    axis: Axis | None = None,
 ) -> Mined:
     """query [Q, D], item [N, D], positive [Q], known [Q rows] -> Mined: K items a query that score high and are no likely positives.
 
@@ -143,7 +144,7 @@ def _check_rules(*, k: int, skip: int, window: int, margin: float | None, max_sh
         raise RecJaxError(f"max_share={max_share}: expected above 0 and at most 1 (of the positive's score), or None for no such rule")
 
 
-def _shared(item: Array, mesh: Mesh | None, axis: topk.Axis | None) -> tuple[Array, np.ndarray | None]:
+def _shared(item: Array, mesh: Mesh | None, axis: Axis | None) -> tuple[Array, np.ndarray | None]:
     """The items on their devices, padded once so that these divide them -> (items, bias that takes the padding out, or None)."""
     if mesh is None or axis is None:
         return jnp.asarray(item), None

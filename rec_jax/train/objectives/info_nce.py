@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.losses import Candidates, weighted_info_nce
+from rec_jax.losses.contrastive import FORMS
 from rec_jax.losses.matryoshka import cut
 from rec_jax.train.objectives import base
 from rec_jax.types import Batch, Context, Outputs, RecJaxError
-
-FORMS = ("standard", "decoupled", "debiased")
 
 
 @dataclasses.dataclass(frozen=True)

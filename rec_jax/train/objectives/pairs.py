@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from rec_jax.losses import bce_with_negatives, sigmoid_loss, triplet_loss
+from rec_jax.losses.triplet import MINING
 from rec_jax.train.objectives import base
 from rec_jax.types import Batch, Context, Outputs, RecJaxError
-
-MININGS = ("hard", "semi_hard", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,8 @@ class TripletSpec:
 
     def __post_init__(self) -> None:
         base.check_range("triplet.margin", self.margin, above=0)
-        if self.mining not in MININGS:
-            raise RecJaxError(f"config.objectives.triplet.mining={self.mining!r}: expected one of {', '.join(MININGS)}")
+        if self.mining not in MINING:
+            raise RecJaxError(f"config.objectives.triplet.mining={self.mining!r}: expected one of {', '.join(MINING)}")
 
 
 def bce(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec) -> tuple[jax.Array, dict[str, jax.Array]]:
