@@ -26,9 +26,10 @@ _BOTH = ("fsdp", "tensor")
 # embedding tables lie by rows. The specs behind the first are for sizes that the mesh does not divide; () is whole on every device.
 # Reference: Shoeybi et al., "Megatron-LM" (2019), section 3.
 SHARDED: Rules = (
-    (r"ids/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
+    (r"(ids|users)/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
     (r"text/embeddings/word/embedding", (_BOTH,), ("fsdp", "tensor"), (None, _BOTH), ("fsdp",), (None, "fsdp"), ()),
     (r".*/(position|token_type)/embedding", ("fsdp",), (None, "fsdp"), ()),
+    (r"(task|lora)/.*", ()),  # small
     (r"user/layer_\d+/out/kernel", ("tensor", None, "fsdp"), (None, None, "fsdp"), ()),  # [heads, width, D]
     (r".*/(out|down|mlp_out)/kernel", ("tensor", "fsdp"), (None, "fsdp"), ()),
     (r".*/kernel", ("fsdp", "tensor"), ("fsdp",), ()),
@@ -109,6 +110,32 @@ def devices_along(mesh: Mesh | None, axis: Axis | None) -> int:
         if name not in mesh.shape:
             raise RecJaxError(f"axis {name!r} is not in the mesh; it has {', '.join(mesh.shape)}")
     return int(np.prod([mesh.shape[a] for a in axis_names(axis)]))
+
+
+def ring_of(mesh: Mesh, axis: Axis) -> list[int]:
+    """The devices along an axis or several, by their numbers, in the order of a ring.
+
+    Where they are a rectangle of chips each sends to a neighbour: along the rows, forward and backward by turns, in all columns but the
+    first, which leads back. On TPUs whose links route no further (v5e beyond 4 x 4), XLA would else compute nothing while it sends
+    (tests/bench/tpu_compile.py). Elsewhere the order is the mesh's own.
+    """
+    names = axis_names(axis)
+    order = [mesh.axis_names.index(a) for a in (*names, *(a for a in mesh.axis_names if a not in names))]
+    devices = mesh.devices.transpose(order).reshape(devices_along(mesh, axis), -1)[:, 0]
+    plain = list(range(len(devices)))
+    at = {tuple(getattr(device, "coords", None) or ()): number for number, device in enumerate(devices)}
+    if len(at) < len(devices):  # no coordinates, or several cores a chip
+        return plain
+    sides = [(k, sorted({place[k] for place in at})) for k in range(len(next(iter(at))))]
+    sides = [(k, side) for k, side in sides if len(side) > 1]
+    if len(sides) != 2 or len(sides[0][1]) * len(sides[1][1]) != len(devices) or len(devices) % 2:
+        return plain
+    sides.sort(key=lambda side: len(side[1]) % 2)  # an even number of rows, so that the last one ends beside the first column
+    (by_row, rows), (by_column, (first, *others)) = sides
+    path = [(row, column) for n, row in enumerate(rows) for column in (others[::-1] if n % 2 else others)]
+    path += [(row, first) for row in reversed(rows)]
+    numbers = {(place[by_row], place[by_column]): number for place, number in at.items()}
+    return [numbers[place] for place in path]
 
 
 def check_shards(shards: int, mesh: Mesh) -> None:

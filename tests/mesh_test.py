@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,29 @@ def test_processes_need_all_three_variables(monkeypatch):
 def test_one_process_alone(monkeypatch):
     assert processes.gather({"shards": {"0": 1}}) == [{"shards": {"0": 1}}]
     assert jax.process_count() == 1
+
+
+def chips(shape, sides):
+    """What `ring_of` asks of a mesh of that shape over a box of chips, in the order of a TPU's devices."""
+    places = [tuple(int(i) for i in place) for place in np.ndindex(*sides)]
+    devices = np.array([types.SimpleNamespace(coords=place) for place in places], object).reshape(shape)
+    return types.SimpleNamespace(devices=devices, axis_names=mesh.AXES, shape=dict(zip(mesh.AXES, shape, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"), [((16, 16, 1), (16, 16, 1)), ((1, 64, 1), (8, 8, 1)), ((3, 4, 1), (3, 4, 1)), ((4, 4, 2), (4, 4, 2))]
+)
+def test_a_ring_over_a_rectangle_of_chips_goes_from_neighbour_to_neighbour(shape, sides):
+    m = chips(shape, sides)
+    ring, devices = mesh.ring_of(m, mesh.BATCH_AXES), m.devices[:, :, 0].reshape(-1)
+    assert sorted(ring) == list(range(devices.size))
+    for here, there in zip(ring, ring[1:] + ring[:1], strict=True):
+        assert sum(abs(a - b) for a, b in zip(devices[here].coords, devices[there].coords, strict=True)) == 1
+
+
+def test_elsewhere_a_ring_goes_in_the_order_of_the_mesh():
+    for shape, sides in (((4, 16, 1), (4, 4, 4)), ((3, 3, 1), (3, 3, 1)), ((1, 8, 1), (8, 1, 1))):
+        m = chips(shape, sides)
+        size = shape[0] * shape[1]
+        assert mesh.ring_of(m, mesh.BATCH_AXES) == list(range(size))
+    assert mesh.ring_of(mesh.make_mesh({"data": 2, "fsdp": -1}), ("fsdp", "data")) == list(range(8))

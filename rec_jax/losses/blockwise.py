@@ -25,7 +25,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 from rec_jax.losses.tiles import CANDIDATES, QUERIES, Accumulator, Side, tiles
-from rec_jax.mesh import Axis, axis_names, devices_along
+from rec_jax.mesh import Axis, axis_names, devices_along, ring_of
 from rec_jax.types import RecJaxError
 
 # Elements of a tile of logits, by platform. CPU: tests/bench/info_nce.py --blocks; a few live copies should stay in the caches. The others
@@ -267,25 +267,24 @@ def _round(plan: _Plan, tile: Callable[..., Any], sides: Any, states: Any, *, ad
     sweep = functools.partial(_sweep, turned, blocks)
     resident, visitor = sides
     own, its = states
-    if plan.devices > 1 and plan.axis is not None:
-        own, its = _ring(sweep, resident, own, visitor, its, plan.axis, plan.devices, additive=additive)
+    if plan.devices > 1 and plan.mesh is not None and plan.axis is not None:
+        own, its = _ring(sweep, resident, own, visitor, its, plan.mesh, plan.axis, additive=additive)
     else:
         own, its = sweep(resident, own, visitor, its)
     return (its, own) if plan.travelling == "query" else (own, its)
 
 
 def _ring(
-    sweep: Callable[..., Any], resident: Any, own: Any, visitor: Any, its: Any, axis: Axis, devices: int, *, additive: bool
+    sweep: Callable[..., Any], resident: Any, own: Any, visitor: Any, its: Any, mesh: Mesh, axis: Axis, *, additive: bool
 ) -> tuple[Any, Any]:
     """P steps: fold the visitor, pass it on. States of visitors travel with them, additive ones a step behind; all come home."""
-    onward = [(d, (d + 1) % devices) for d in range(devices)]
+    ring = ring_of(mesh, axis)
+    onward = list(zip(ring, ring[1:] + ring[:1], strict=True))
     move = lambda tree: jax.tree.map(lambda x: lax.ppermute(x, axis_names(axis), onward), tree)
 
     def step(carry: Any, _: Any) -> Any:
         own, visitor, its = carry
-        coming = move(
-            visitor
-        )  # needs nothing of this step, so that a compiler may send it meanwhile (not all do: tests/bench/tpu_compile.py)
+        coming = move(visitor)  # needs nothing of this step, so that it is sent meanwhile (tests/bench/tpu_compile.py shows it)
         if additive:
             arriving = move(its)
             own, share = sweep(resident, own, visitor, jax.tree.map(jnp.zeros_like, its))
@@ -295,7 +294,7 @@ def _ring(
             its = move(its)
         return (own, coming, its), None
 
-    (own, _, its), _ = lax.scan(step, (own, visitor, its), None, length=devices)
+    (own, _, its), _ = lax.scan(step, (own, visitor, its), None, length=len(ring))
     return own, move(its) if additive else its
 
 

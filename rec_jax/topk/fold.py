@@ -62,7 +62,7 @@ def ranked(
         item = _pad(item, -n % shards, 0)
         bias = None if bias is None else _pad(bias, -n % shards, 0)
         rows, all_rows = PartitionSpec(axis), PartitionSpec()
-        # the results are equal on every device (merged by all_gather and psum), which shard_map cannot prove
+        # the results are equal on every device (gathered, or summed), which shard_map cannot prove
         fold = jax.shard_map(fold, mesh=mesh, in_specs=(all_rows, rows, rows, all_rows, all_rows), out_specs=all_rows, check_vma=False)
     return jax.tree.map(lambda x: x[:q], fold(query, item, bias, target, exclude))
 
@@ -173,9 +173,7 @@ def _fold(
     own = None if target is None else jnp.zeros(target.shape, jnp.float32)
     top, own, nan = fold(look, (empty, own, jnp.zeros(rows, bool)))
     if axis is not None and k:
-        every_top, every_id = (lax.all_gather(x, axis, axis=1, tiled=True) for x in top)  # by device, hence by id
-        best, places = lax.top_k(every_top, k)
-        top = best, jnp.take_along_axis(every_id, places, axis=1)
+        top = _merged(top, k, axis)
     scores, ids = (None, None) if top is None else (top[0], jnp.where(top[0] == -jnp.inf, -1, top[1]))
     if target is None or targets is None:
         return Ranked(None, None, scores, ids, None), nan
@@ -205,6 +203,21 @@ def _fold(
     ranks_all = jnp.where(real, 1 + every + ahead, 0)
     ranks = ranks_all if kept is None else jnp.where(real, 1 + kept + ahead, 0)
     return Ranked(ranks, ranks_all, scores, ids, own), nan
+
+
+def _merged(top: tuple[jax.Array, jax.Array], k: int, axis: Axis) -> tuple[jax.Array, jax.Array]:
+    """Each device's best scores and ids [Q, k] of all rows -> the best k of all devices, on every device.
+
+    A device merges its share of the rows and hands them round: it receives 2 Q k pairs, where gathering before merging brings P Q k.
+    """
+    rows, devices = top[0].shape[0], lax.axis_size(axis)
+    shares = (_pad(x, -rows % devices, 0) for x in top)
+    # [Q, k] -> [Q / P, P k], by device, hence by id: ties keep the lower one
+    scores, ids = (lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True) for x in shares)
+    best, places = lax.top_k(scores, k)
+    merged = best, jnp.take_along_axis(ids, places, axis=1)
+    best, ids = (lax.all_gather(x, axis, axis=0, tiled=True)[:rows] for x in merged)
+    return best, ids
 
 
 def _canonical(scores: jax.Array) -> jax.Array:
