@@ -1,11 +1,13 @@
-"""Binary cross-entropy, alone and with negatives, against naive float64 forms."""
+"""Binary cross-entropy, alone and with negatives, and regression: by hand and against naive float64 forms."""
 
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
-from rec_jax.losses import bce, bce_with_negatives
+from rec_jax.losses import bce, bce_with_negatives, calibrated_logit, observed, regression
 from rec_jax.types import RecJaxError
 
 B, N, K, D = 6, 15, 4, 8
@@ -26,6 +28,74 @@ def test_bce_smoothing_and_positive_weight():
     want = -(3 * smooth * np.log(p) + (1 - smooth) * np.log(1 - p))
     np.testing.assert_allclose(bce(np.float32(x), label, label_smoothing=0.2, positive_weight=3.0), want, rtol=1e-5)
     assert bce(jnp.bfloat16(x), label).dtype == jnp.float32
+
+
+def test_bce_with_every_option_equals_naive_float64():
+    rng = np.random.default_rng(0)
+    label = np.float32(rng.random((3, 5)))
+    label[1, 2:] = np.nan
+    rate = np.linspace(0.1, 1, 5).astype(np.float32)
+
+    def naive(logit):
+        p = 1 / (1 + np.exp(-(logit - np.log(np.float64(rate)))))
+        y = np.float64(label) * 0.8 + 0.1
+        return np.where(np.isnan(label), 0, -3 * y * np.log(p) - 0.5 * (1 - y) * np.log(1 - p))
+
+    options = {"label_smoothing": 0.2, "positive_weight": 3.0, "negative_weight": 0.5, "negative_rate": rate}
+    float64.assert_equal(lambda logit: bce(logit, label, **options), naive, {"logit": np.float32(rng.normal(size=(3, 5)))})
+
+
+def test_a_label_that_was_not_observed_has_no_loss_and_no_gradient():
+    label, logit = np.float32([1, np.nan, np.nan]), np.float32([0, np.nan, np.inf])
+    np.testing.assert_array_equal(observed(label), [1, 0, 0])
+    for loss in (bce, regression, lambda x, y: regression(x, y, form="huber")):
+        np.testing.assert_array_equal(loss(logit, label)[1:], 0)
+        np.testing.assert_array_equal(jax.grad(lambda x, loss=loss: loss(x, label).sum())(logit)[1:], 0)
+
+
+def test_negatives_kept_at_a_rate_give_calibrated_probabilities():
+    # 1 in 10 is positive and 1 of 9 negatives is kept: among the kept half are positive. bce at rate 1/9 is best at the true log odds.
+    truth, label = np.log(1 / 9), np.float32([1, 0])
+    gradient = jax.grad(lambda x: bce(x, label, negative_rate=1 / 9).sum())
+    np.testing.assert_allclose(gradient(np.float32(truth)), 0, atol=1e-6)
+    # Without the correction the best logit is 0, to be corrected afterwards.
+    np.testing.assert_allclose(jax.grad(lambda x: bce(x, label).sum())(np.float32(0)), 0, atol=1e-6)
+    np.testing.assert_allclose(jax.nn.sigmoid(calibrated_logit(np.float32(0), negative_rate=1 / 9)), 0.1, rtol=1e-6)
+    # By hand: logit 0 at rate 1/3 counts as log 3, 3/4.
+    np.testing.assert_allclose(bce(np.float32([0, 0]), label, negative_rate=1 / 3), np.log([4 / 3, 4]), rtol=1e-6)
+
+    # A logistic regression on kept negatives finds the coefficients of the full population.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200_000)
+    y = rng.random(x.size) < 1 / (1 + np.exp(3 - 1.2 * x))
+    kept = y | (rng.random(x.size) < 0.1)
+    x, y = np.float32(x[kept]), np.float32(y[kept])
+
+    fit = jax.jit(jax.value_and_grad(lambda w: bce(w[0] + w[1] * x, y, negative_rate=0.1).mean()))
+    found = minimize(lambda w: tuple(np.float64(v) for v in fit(np.float32(w))), np.zeros(2), jac=True, method="L-BFGS-B")
+    np.testing.assert_allclose(found.x, [-3, 1.2], atol=0.06)
+
+
+def test_regression_by_hand_and_against_naive_float64():
+    # errors 0.5, -3, 0: squares; Huber with delta 2: 1/8, 2 (3 - 1), 0
+    prediction, rating = np.float32([4.5, 1, 2]), np.float32([4, 4, 2])
+    np.testing.assert_allclose(regression(prediction, rating), [0.25, 9, 0])
+    np.testing.assert_allclose(regression(prediction, rating, form="huber", delta=2.0), [0.125, 4, 0])
+    assert regression(jnp.bfloat16(prediction), rating).dtype == jnp.float32
+    rng = np.random.default_rng(0)
+    x, y = np.float32(3 * rng.normal(size=20)), 3 * rng.normal(size=20)
+    y[3] = np.nan
+    error = lambda prediction: np.where(np.isnan(y), 0, prediction - y)
+    float64.assert_equal(lambda prediction: regression(prediction, y), lambda prediction: error(prediction) ** 2, {"prediction": x})
+
+    def huber(prediction):
+        e = np.abs(error(prediction))
+        return np.where(e <= 1.5, e**2 / 2, 1.5 * (e - 0.75))
+
+    float64.assert_equal(lambda prediction: regression(prediction, y, form="huber", delta=1.5), huber, {"prediction": x})
+    # at the very point where it turns linear, and far beyond
+    gradient = jax.grad(lambda x: regression(x, np.zeros(4), form="huber").sum())(np.float32([1, -1, 0, 1e30]))
+    np.testing.assert_allclose(gradient, [1, -1, 0, 1])
 
 
 def data():
@@ -127,6 +197,19 @@ def test_bad_input_is_named(case):
         bce_with_negatives(**(floats | rest | change))
 
 
-def test_bad_positive_weight_is_named():
-    with pytest.raises(RecJaxError, match="positive_weight is 0"):
-        bce(np.zeros(1, np.float32), np.zeros(1, np.float32), positive_weight=0)
+ONE = np.zeros(1, np.float32)
+BAD_OPTIONS = {
+    "positive_weight": (lambda: bce(ONE, ONE, positive_weight=0), "positive_weight is 0"),
+    "negative_weight": (lambda: bce(ONE, ONE, negative_weight=-1), "negative_weight is -1"),
+    "rate": (lambda: bce(ONE, ONE, negative_rate=0), r"negative_rate is 0; expected the share of negatives that is kept, in \(0, 1\]"),
+    "rate above 1": (lambda: calibrated_logit(ONE, negative_rate=2.0), "negative_rate is 2.0"),
+    "form": (lambda: regression(ONE, ONE, form="mae"), "form is 'mae'; expected one of mse, huber"),
+    "delta": (lambda: regression(ONE, ONE, form="huber", delta=0), "delta is 0; expected a number > 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_are_named(case):
+    call, message = BAD_OPTIONS[case]
+    with pytest.raises(RecJaxError, match=message):
+        call()

@@ -1,4 +1,4 @@
-"""Losses of single (query, item) logits: binary cross-entropy, alone and with drawn negatives."""
+"""Losses of single predictions: binary cross-entropy, alone and with drawn negatives, and regression on ratings."""
 
 from __future__ import annotations
 
@@ -11,27 +11,112 @@ import numpy as np
 from rec_jax.losses.checks import check_shape, check_vectors
 from rec_jax.types import Array, RecJaxError
 
+REGRESSIONS = ("mse", "huber")
 
-def bce(logit: Array, label: Array, *, label_smoothing: float = 0.0, positive_weight: float = 1.0) -> jax.Array:
+
+def observed(label: Array) -> jax.Array:
+    """label [...] -> weight [...] float32: 1 where there is a label, 0 where it is NaN, which is: not observed."""
+    return jnp.where(jnp.isnan(jnp.asarray(label, jnp.float32)), 0.0, 1.0)
+
+
+def bce(
+    logit: Array,
+    label: Array,
+    *,
+    label_smoothing: float = 0.0,
+    positive_weight: Any = 1.0,
+    negative_weight: Any = 1.0,
+    negative_rate: Any = 1.0,
+) -> jax.Array:
     """logit [...], label [...] in [0, 1] -> loss [...]: binary cross-entropy of sigmoid(logit), safe for logits of any size.
+
+    Where the label is NaN nothing was observed: the loss and its gradient are 0.
 
     Args:
       logit: [...] float.
       label: [...] probability of the positive class; broadcasts with logit.
       label_smoothing: moves each label this share of the way to 1/2; in [0, 1).
       positive_weight: factor of the positive class's term, > 0; odds of the classes where positives are rare.
+      negative_weight: factor of the negative class's term, > 0.
+      negative_rate: share of the negatives that the data keeps, in (0, 1]; a scalar, or one per logit. The odds of the kept examples are
+        1 / rate times too high, which the loss adds to the logit: so sigmoid(logit) is the probability among all examples, calibrated.
+        A model that was fitted without it is corrected afterwards by `calibrated_logit` instead.
 
     Raises:
-      RecJaxError: label_smoothing outside [0, 1), positive_weight <= 0.
+      RecJaxError: label_smoothing outside [0, 1), a weight <= 0, negative_rate outside (0, 1].
+
+    Reference: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7 (smoothing); King and Zeng 2001, "Logistic Regression
+    in Rare Events Data", section 4.1 (prior correction).
     """
     if not 0 <= label_smoothing < 1:
         raise RecJaxError(f"label_smoothing is {label_smoothing!r}; expected a number in [0, 1): set 0 to turn it off")
-    if not isinstance(positive_weight, jax.core.Tracer) and not float(positive_weight) > 0:
-        raise RecJaxError(f"positive_weight is {positive_weight!r}; expected a number > 0: 1 weighs both classes alike")
+    for name, value in (("positive_weight", positive_weight), ("negative_weight", negative_weight)):
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+            raise RecJaxError(f"{name} is {value!r}; expected a number > 0: 1 weighs both classes alike")
     logit = jnp.asarray(logit)
     logit = logit.astype(jnp.promote_types(logit.dtype, jnp.float32))
-    label = jnp.asarray(label, logit.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    return positive_weight * label * jax.nn.softplus(-logit) + (1 - label) * jax.nn.softplus(logit)
+    label = jnp.asarray(label, logit.dtype)
+    seen = ~jnp.isnan(label)
+    logit = jnp.where(seen, logit, 0) - _log_rate(negative_rate)
+    label = jnp.where(seen, label, 0) * (1 - label_smoothing) + label_smoothing / 2
+    loss = positive_weight * label * jax.nn.softplus(-logit) + negative_weight * (1 - label) * jax.nn.softplus(logit)
+    return jnp.where(seen, loss, 0)
+
+
+def calibrated_logit(logit: Array, *, negative_rate: Any) -> jax.Array:
+    """logit [...] of a model fitted where a share of the negatives was kept -> logit [...] among all examples: logit + log rate.
+
+    Not for a model that was fitted with `bce(..., negative_rate=...)`: its logits are calibrated already.
+
+    Args:
+      negative_rate: share of the negatives that was kept, in (0, 1].
+
+    Raises:
+      RecJaxError: negative_rate outside (0, 1].
+
+    Reference: He et al. 2014, "Practical Lessons from Predicting Clicks on Ads at Facebook", section 6.3.
+    """
+    logit = jnp.asarray(logit)
+    return logit.astype(jnp.promote_types(logit.dtype, jnp.float32)) + _log_rate(negative_rate)
+
+
+def regression(prediction: Array, rating: Array, *, form: str = "mse", delta: float = 1.0) -> jax.Array:
+    """prediction [...], rating [...] -> loss [...]: the squared error, or Huber's. Where the rating is NaN nothing was observed: 0.
+
+    Args:
+      prediction: [...] float.
+      rating: [...], in the same units; broadcasts with prediction.
+      form: "mse": e^2 of the error e. "huber": e^2 / 2 up to |e| = delta, and delta (|e| - delta / 2) beyond: outliers pull no harder.
+      delta: where Huber's loss turns linear, in units of the rating, > 0.
+
+    Raises:
+      RecJaxError: an unknown form, delta <= 0.
+
+    Reference: Huber 1964, "Robust Estimation of a Location Parameter".
+    """
+    if form not in REGRESSIONS:
+        raise RecJaxError(f"form is {form!r}; expected one of {', '.join(REGRESSIONS)}")
+    if not delta > 0:
+        raise RecJaxError(f"delta is {delta!r}; expected a number > 0, e.g. 1")
+    prediction = jnp.asarray(prediction)
+    prediction = prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
+    rating = jnp.asarray(rating, prediction.dtype)
+    error = jnp.where(jnp.isnan(rating), 0, prediction - rating)
+    return jnp.square(error) if form == "mse" else huber(error, delta)
+
+
+def huber(error: Any, delta: float = 1.0) -> jax.Array:
+    """error [...] -> [...]: e^2 / 2 up to |e| = delta, and delta (|e| - delta / 2) beyond."""
+    inner = jnp.clip(error, -delta, delta)
+    return inner * (error - inner / 2)
+
+
+def _log_rate(negative_rate: Any) -> jax.Array:
+    if not isinstance(negative_rate, jax.core.Tracer):
+        rates = np.asarray(negative_rate)
+        if not np.all((rates > 0) & (rates <= 1)):
+            raise RecJaxError(f"negative_rate is {negative_rate!r}; expected the share of negatives that is kept, in (0, 1]: 1 keeps all")
+    return jnp.log(jnp.asarray(negative_rate, jnp.float32))
 
 
 def bce_with_negatives(
