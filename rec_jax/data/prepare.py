@@ -5,6 +5,7 @@ A prepared folder, `<cache>/<name>-<fingerprint>/`:
     histories/     TFDS data set, record i = the history of user i
     events/        items.npy, splits.npy, offsets.npy: the same events end to end, for evaluation and baselines
     lengths.npy    train events of each user
+    impressions/   labelled impressions, where config.data.impressions.split asks for them (`impressions.py`)
     items.parquet  in index order, with the rendered `text`
     users.parquet  in index order
     meta.json      counts, settings, bad input; a folder without it does not count
@@ -28,6 +29,8 @@ from etils import epath
 
 from rec_jax.config import cache_dir
 from rec_jax.data import folders, readers, records, text
+from rec_jax.data import impressions as impressions_lib
+from rec_jax.data.impressions import Impressions
 from rec_jax.data.tables import TEXT_COLUMNS, Coded, Report, Tables, code
 from rec_jax.processes import place_of
 from rec_jax.types import EvalSet, Ragged, RecJaxError
@@ -36,8 +39,10 @@ FORMAT = 1  # of the prepared folder; raise it when what is written changes
 META = "meta.json"
 SPLITS = {"train": 0, "valid": 1, "test": 2}
 # Settings of config.data that change nothing in the folder; files count by name and content.
-NO_PART = ("cache", "path", "items", "negatives")
+NO_PART = ("cache", "path", "items", "negatives", "corpus")
 NO_PART_TEXT = ("max_tokens", "tokenizer")
+NO_PART_EMPTY = ("context", "labels", "propensity")  # of config.data.columns
+_found: set[str] = set()  # folders that were said to be there: once each
 WAIT_SECONDS = 2 * 3600.0  # that other processes wait for the one that prepares
 MAX_RATING_VALUES = 20  # more distinct ratings than that are counted in as many bins
 
@@ -53,8 +58,9 @@ def prepare(config: Any) -> Prepared:
     folder, fingerprint, inputs = _identify(config)
     process, processes = _process()
     if (folder / META).exists():
-        if process == 0:
+        if process == 0 and str(folder) not in _found:
             _say(f"prepared data is there: {folder}")
+            _found.add(str(folder))
     elif process == 0:
         _make(config, folder, fingerprint, inputs)
     else:
@@ -174,6 +180,19 @@ class Prepared:
         targets = Ragged(items[places], np.append(targets_before[starts], len(places)))
         return EvalSet(users, history, targets, self.n_items)
 
+    def impressions(self, split: str) -> Impressions:
+        """Labelled impressions of a part ("train", "valid", "test"), mapped from disk: user [E], item [E], context [E, C], labels [E, L].
+
+        Raises:
+          RecJaxError: none were prepared, or no such part.
+        """
+        if "impressions" not in self.meta:
+            raise RecJaxError(
+                f"{self.folder} has no impressions: set config.data.impressions.split to {', '.join(impressions_lib.KINDS[:-1])} "
+                f"(what the input has) or {impressions_lib.KINDS[-1]} (its events, with negatives), and prepare again"
+            )
+        return impressions_lib.read(self.local, self.meta["impressions"], split)
+
     @functools.cached_property
     def _items(self) -> pl.DataFrame:
         return pl.read_parquet(self.local / "items.parquet")
@@ -212,7 +231,11 @@ def _settings(config: Any) -> dict[str, Any]:
         settings.pop(key)
     for key in NO_PART_TEXT:
         settings["text"].pop(key)
-    if settings["split"]["kind"] == "cold_item":
+    # What was prepared before there were these settings stays what it is.
+    settings["columns"] = {role: name for role, name in settings["columns"].items() if name or role not in NO_PART_EMPTY}
+    if not settings["impressions"]["split"]:
+        settings.pop("impressions")
+    if settings["split"]["kind"] == "cold_item" or "impressions" in settings:
         settings["seed"] = config.seed
     return settings
 
@@ -260,7 +283,11 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
         np.save(out / "events" / f"{name}.npy", array)
     columns = {"items": events.item, "times": events.time, "ratings": events.rating, "splits": events.split}
     records.write(columns, offsets, out)
-    return {"template": template, **_counts(events, report, clock)}
+    shown = {}
+    if events.impressions is not None:
+        _say(f"writing {len(events.impressions[0]):,} impressions")
+        shown = {"impressions": impressions_lib.write(*events.impressions, out)}
+    return {"template": template, **_counts(events, report, clock), **shown}
 
 
 def _with_texts(tables: Tables, template: str) -> Tables:

@@ -10,7 +10,9 @@ import numpy as np
 import polars as pl
 
 from rec_jax.data import filters
+from rec_jax.data import impressions as impressions_lib
 from rec_jax.data import split as split_lib
+from rec_jax.data.impressions import Impressions, ImpressionTable
 from rec_jax.types import RecJaxError
 
 TEXT_COLUMNS = ("title", "genres", "categories", "brand", "author", "description", "abstract")  # an item with none of these has no text
@@ -27,6 +29,7 @@ KINDS = {
     "short_user": ("users with fewer events than filter.min_user_events", "to leave such users out and count them"),
     "min_rating": ("events rated below filter.min_rating", ""),
     "k_core": ("events outside the k-core of filter.k_core", ""),
+    "unknown_impression": ("impressions whose item is not in the items table", ""),  # by the policy unknown_item
 }
 
 
@@ -79,11 +82,12 @@ class Tables:
         description, abstract and others (text; several values are joined with ", "; "" where there is none).
       users: `user` (raw id) and demographics, if any.
       events: `user`, `item` (raw ids, of the dtypes above), `time` (int64: seconds, or the order where there is no clock),
-        `rating` (float32; 1.0 where there is none).
+        `rating` (float32; 1.0 where there is none). Beside impressions also `impression` (int64), the row there that it is, -1 = none.
       report: bad input that was passed over.
       clock: whether `time` is a time; the order within a user otherwise.
       event_place: row of `events` -> "file:line", for messages.
       item_place: row of `items` -> "file:line".
+      impressions: where config.data.impressions.split asks for them and the input has them. Their users are in the users table.
     """
 
     items: pl.DataFrame
@@ -93,6 +97,7 @@ class Tables:
     clock: bool = True
     event_place: Callable[[int], str] = lambda row: f"event {row + 1}"
     item_place: Callable[[int], str] = lambda row: f"item {row + 1}"
+    impressions: ImpressionTable | None = None
 
 
 def users_of(events: pl.DataFrame, demographics: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -158,6 +163,8 @@ def check(tables: Tables) -> None:
             raise RecJaxError(f"table items: column {column} is {items.schema[column]}; expected text")
     if not events.height:
         raise RecJaxError("table events is empty; check that config.data.path names the file that you mean")
+    if tables.impressions is not None:
+        impressions_lib.check(tables.impressions, events)
 
 
 @dataclasses.dataclass
@@ -170,8 +177,9 @@ class Coded:
       time: [E] int64, seconds, or the order where there is no clock.
       rating: [E] float32.
       split: [E] uint8: 0 train, 1 validation, 2 test.
-      n_users: users, each with at least one event.
-      n_items: items, each with at least one event.
+      n_users: users, each with at least one event or impression.
+      n_items: items, each with at least one event or impression.
+      impressions: labelled impressions and their split [impressions] uint8; None where config.data.impressions.split is empty.
     """
 
     user: np.ndarray
@@ -181,6 +189,7 @@ class Coded:
     split: np.ndarray
     n_users: int
     n_items: int
+    impressions: tuple[Impressions, np.ndarray] | None = None
 
 
 def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame, Coded]:
@@ -190,13 +199,17 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     both hold. The catalogue is the items that have an event left, in the order of the items table; likewise the users.
     The raw ids `item` and `user` of the returned tables are text.
 
+    Of the impressions those of items without text and of unknown items are left out; no other filter touches them, and their items and
+    users stay in the tables.
+
     Args:
       tables: from a reader; what is left out is added to its report.
       data: `config.data`.
-      seed: of the split "cold_item".
+      seed: of the split "cold_item", and of impressions.
 
     Raises:
-      RecJaxError: bad input whose policy is "error"; no events left; a split without training events.
+      RecJaxError: bad input whose policy is "error"; no events left; a split without training events; impressions that are asked for
+        and not there.
     """
     on_bad, limits, report = data.on_bad, data.filter, tables.report
     item = _rows(tables.events["item"], tables.items["item"])
@@ -205,6 +218,7 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     if (user < 0).any():
         row = int(np.argmax(user < 0))
         raise RecJaxError(f"{tables.event_place(row)}: user {tables.events['user'][row]!r} is not in the users table")
+    shown = _shown(tables, data, has_text)
     rating = tables.events["rating"].to_numpy()
     keep = _known(tables, on_bad, item, has_text)
     low = keep & ~filters.min_rating(rating, limits.min_rating)
@@ -228,14 +242,40 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     del left
     if not len(user):
         raise RecJaxError("no events are left after the filters; " + "; ".join(line.strip() for line in report.lines() if line[0] != " "))
-    user, users_kept = filters.dense(user, tables.users.height)
-    item, items_kept = filters.dense(item, items.height)
+    user, shown.user, users_kept = _dense(user, shown.user, tables.users.height)
+    item, shown.item, items_kept = _dense(item, shown.item, items.height)
     time, rating = time[row_of], rating[row_of]
+    n_users, n_items, kind, impressions = len(users_kept), len(items_kept), data.impressions.split, None
+    if tables.impressions is not None and impressions_lib.asked(data):
+        impressions = impressions_lib.code(tables.impressions, shown, n_items=n_items, data=data, seed=seed, clock=tables.clock)
+    if data.split.kind == "impressions":
+        split = impressions_lib.split_of_events(tables.events, row_of, shown, impressions)
+    else:
+        split = split_lib.split(user, item, time, n_users, n_items, data.split, clock=tables.clock, seed=seed)
     del row_of
-    split = split_lib.split(user, item, time, len(users_kept), len(items_kept), data.split, clock=tables.clock, seed=seed)
-    coded = Coded(user, item, time, rating, split, len(users_kept), len(items_kept))
+    if kind == "events":
+        impressions = impressions_lib.of_events(user, item, time, rating, split, n_items=n_items, data=data, seed=seed)
+    coded = Coded(user, item, time, rating, split, n_users, n_items, impressions)
     catalogue = items[items_kept].with_columns(pl.col("item").cast(pl.String))
     return catalogue, tables.users[users_kept].with_columns(pl.col("user").cast(pl.String)), coded
+
+
+def _shown(tables: Tables, data: Any, has_text: np.ndarray) -> impressions_lib.Kept:
+    """The impressions that are kept, by rows of the users and items tables; none where none are asked for."""
+    table = impressions_lib.wanted(tables.impressions, data)
+    if table is None:
+        return impressions_lib.Kept(*(np.zeros(0, np.int32) for _ in range(3)))
+    user, item = (_rows(table.frame[column], getattr(tables, f"{column}s")[column]) for column in ("user", "item"))
+    return impressions_lib.keep(table, user, item, has_text, data.on_bad, tables.report)
+
+
+def _dense(codes: np.ndarray, others: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes of events [E] and of impressions in [0, n) -> (both without gaps; the old codes that occur in either, ascending)."""
+    if not len(others):
+        dense, kept = filters.dense(codes, n)
+        return dense, others, kept
+    both, kept = filters.dense(np.concatenate([codes, others]), n)
+    return both[: len(codes)], both[len(codes) :], kept
 
 
 def _rows(ids: pl.Series, table: pl.Series) -> np.ndarray:
@@ -296,7 +336,8 @@ def _enough_events(tables: Tables, n_items: int, data: Any, user: np.ndarray, it
     """Applies filter.k_core and filter.min_user_events in turn until both hold -> events left [E] bool."""
     k, minimum, n_users = data.filter.k_core, data.filter.min_user_events, tables.users.height
     left = np.ones(len(user), bool)
-    looked_at = np.ones(n_users, bool)  # users without any event are short too, unless the k-core took their events
+    # Users without any event are short too, unless the k-core took their events or they have impressions.
+    looked_at = np.ones(n_users, bool) if tables.impressions is None else np.bincount(user, minlength=n_users) > 0
     while True:
         core = filters.k_core(user[left], item[left], n_users, n_items, k)
         if not core.all():

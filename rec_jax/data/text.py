@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,13 +13,14 @@ import string
 import sys
 import uuid
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 import tokenizers
+from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from rec_jax.config import model_folder
@@ -210,59 +213,113 @@ def _from_vocabulary(file: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def tokenize(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, max_tokens: int) -> tuple[Ragged, int]:
+def tokenize(texts: Iterable[str], tokenizer: tokenizers.Tokenizer, max_tokens: int) -> tuple[Ragged, int]:
     """texts [N] -> (token ids of each, [CLS] ... [SEP], int32; number of texts cut to `max_tokens`, the two included).
 
     Raises:
       RecJaxError: max_tokens below 3, which leaves no room for a text.
     """
+    rows, cut = _Rows(), 0
+    for ids in _encoded(texts, tokenizer, max_tokens):
+        if len(ids) > max_tokens:
+            ids, cut = [*ids[: max_tokens - 1], ids[-1]], cut + 1
+        rows.add(ids)
+    return rows.ragged(), cut
+
+
+def tokenize_in_pieces(texts: Iterable[str], tokenizer: tokenizers.Tokenizer, max_tokens: int) -> tuple[Ragged, int]:
+    """texts [N] -> (token ids of pieces, [CLS] ... [SEP], int32, in order; number of texts without any token, which give no piece).
+
+    A text of more than `max_tokens`, the two included, goes on in further pieces: no token is lost and none comes twice.
+
+    Raises:
+      RecJaxError: max_tokens below 3, which leaves no room for a text.
+    """
+    rows, empty, room = _Rows(), 0, max_tokens - 2
+    for ids in _encoded(texts, tokenizer, max_tokens):
+        empty += len(ids) == 2
+        for start in range(1, len(ids) - 1, room):
+            rows.add([ids[0], *ids[start : min(start + room, len(ids) - 1)], ids[-1]])
+    return rows.ragged(), empty
+
+
+def _encoded(texts: Iterable[str], tokenizer: tokenizers.Tokenizer, max_tokens: int) -> Iterator[list[int]]:
+    """Ids of each text, [CLS] ... [SEP], however long; the texts are asked for a few thousand at a time."""
     if max_tokens < 3:
         raise RecJaxError(f"config.data.text.max_tokens={max_tokens}: [CLS] and [SEP] take two; set at least 3")
-    flat, lengths, cut = [], [], 0
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        for encoding in tokenizer.encode_batch_fast(list(texts[start : start + TEXTS_AT_ONCE])):
-            ids = np.asarray(encoding.ids, np.int32)
-            if len(ids) > max_tokens:
-                ids, cut = np.append(ids[: max_tokens - 1], ids[-1]), cut + 1
-            flat.append(ids)
-            lengths.append(len(ids))
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Ragged(np.concatenate(flat) if flat else np.zeros(0, np.int32), offsets), cut
+    waiting = iter(texts)
+    while some := list(itertools.islice(waiting, TEXTS_AT_ONCE)):
+        for encoding in tokenizer.encode_batch_fast(some):
+            yield encoding.ids
 
 
-def catalogue_tokens(config: Any, prepared: Prepared) -> Ragged:
+class _Rows:
+    """Rows of a Ragged as they come, without an array object for each."""
+
+    def __init__(self) -> None:
+        self._ids, self._lengths = array.array("i"), array.array("q")
+
+    def add(self, ids: Sequence[int]) -> None:
+        self._ids.extend(ids)
+        self._lengths.append(len(ids))
+
+    def ragged(self) -> Ragged:
+        offsets = np.zeros(len(self._lengths) + 1, np.int64)
+        np.cumsum(np.asarray(self._lengths, np.int64), out=offsets[1:])
+        return Ragged(np.asarray(self._ids, np.int32), offsets)
+
+
+def item_tokens(prepared: Prepared, model: str, max_tokens: int) -> Ragged:
     """Token ids of each catalogue item's text [N rows] int32; made once, then read from the prepared folder.
 
-    The file's name holds the hash of the tokenizer and `max_tokens`, so that another setting never reads it.
+    `model` is a folder, "package:NAME" or hub id that has the tokenizer; a text of more than `max_tokens` is cut.
     """
-    model = config.data.text.tokenizer or config.towers.text.path
-    max_tokens = config.data.text.max_tokens
+
+    def make() -> Ragged:
+        tokens, cut = tokenize(prepared.texts(), load_tokenizer(model), max_tokens)
+        if cut:
+            print(f"{cut:,} of {len(tokens):,} item texts are longer than {max_tokens} tokens and were cut", file=sys.stderr, flush=True)
+        return tokens
+
+    return kept_tokens(epath.Path(prepared.local), model, max_tokens, make, rows=prepared.n_items)
+
+
+def kept_tokens(folder: epath.Path, model: str, max_tokens: int, make: Callable[[], Ragged], *, rows: int | None = None) -> Ragged:
+    """What `make` tokenizes, made once, then read from the folder, which belongs to the texts.
+
+    The file's name holds the hash of the tokenizer and `max_tokens`, so that another setting never reads it.
+
+    Args:
+      folder: where the file is kept; it is there.
+      model: the folder, "package:NAME" or hub id that has the tokenizer.
+      max_tokens: what `make` cuts texts to.
+      make: the tokens.
+      rows: how many rows there must be, where that is known; a file with others is made again.
+    """
     file = tokenizer_file(model)
     digest = hashlib.sha256(file.name.encode() + file.read_bytes())
     if file.name == "vocab.txt" and file.with_name("tokenizer_config.json").is_file():
         digest.update(file.with_name("tokenizer_config.json").read_bytes())
-    cache = Path(prepared.local) / f"tokens-{digest.hexdigest()[:12]}-{max_tokens}.npz"
+    cache = folder / f"tokens-{digest.hexdigest()[:12]}-{max_tokens}.npz"
     if cache.exists():
         try:
-            return _read_tokens(cache, prepared.n_items)
+            return _read_tokens(cache, rows)
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
             print(f"{cache} is broken ({e}); making it again", file=sys.stderr, flush=True)
-    tokens, cut = tokenize(prepared.texts(), load_tokenizer(model), max_tokens)
-    if cut:
-        print(f"{cut:,} of {len(tokens):,} item texts are longer than {max_tokens} tokens and were cut", file=sys.stderr, flush=True)
-    unfinished = cache.with_name(f"{cache.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    tokens = make()
+    unfinished = folder / f"{cache.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     with unfinished.open("wb") as f:
         np.savez(f, flat=tokens.flat, offsets=tokens.offsets)
-    os.replace(unfinished, cache)
+    unfinished.replace(cache)
     return tokens
 
 
-def _read_tokens(cache: Path, n_items: int) -> Ragged:
-    """Raises ValueError, KeyError, OSError, EOFError or BadZipFile where the file is not what `catalogue_tokens` wrote."""
-    with np.load(cache, allow_pickle=False) as arrays:
+def _read_tokens(cache: epath.Path, rows: int | None) -> Ragged:
+    """Raises ValueError, KeyError, OSError, EOFError or BadZipFile where the file is not what `kept_tokens` wrote."""
+    with cache.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
         flat, offsets = arrays["flat"], arrays["offsets"]
-    whole = offsets.shape == (n_items + 1,) and offsets[0] == 0 and offsets[-1] == len(flat) and (np.diff(offsets) >= 2).all()
-    if not whole or flat.dtype != np.int32:
-        raise ValueError(f"it holds {len(offsets) - 1:,} texts and {len(flat):,} tokens, which do not fit {n_items:,} items")
+    whole = offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(flat) and (np.diff(offsets) >= 2).all()
+    if not whole or flat.dtype != np.int32 or len(offsets) != (len(offsets) if rows is None else rows + 1):
+        expected = "each other" if rows is None else f"{rows:,} items"
+        raise ValueError(f"it holds {len(offsets) - 1:,} texts and {len(flat):,} tokens, which do not fit {expected}")
     return Ragged(flat, offsets)

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from rec_jax.data import tables as tables_lib
-from rec_jax.data.readers import amazon, files, mind, movielens, recbole, sequences, table
+from rec_jax.data.readers import amazon, files, frappe, mind, movielens, open_bandit, recbole, sequences, table
 from rec_jax.data.tables import Report, Tables
 from rec_jax.types import RecJaxError
 
@@ -19,6 +19,8 @@ READERS: dict[str, Callable[[Any, Report], Tables]] = {
     "amazon": amazon.read,
     "mind": mind.read,
     "table": table.read,
+    "frappe": frappe.read,
+    "open_bandit": open_bandit.read,
 }
 
 # What each reader expects at config.data.path.
@@ -29,6 +31,8 @@ EXPECTS = {
     "amazon": "a reviews file, JSON lines (.gz too), with the meta file in config.data.items",
     "mind": "a folder or .zip with behaviors.tsv and news.tsv",
     "table": "a Parquet file, a folder of them, or a .csv or .tsv file (.gz too)",
+    "frappe": "a folder or .zip with frappe.csv and meta.csv",
+    "open_bandit": "a folder POLICY/CAMPAIGN with CAMPAIGN.csv and item_context.csv (.gz too), or one with several of them below it",
 }
 
 
@@ -58,6 +62,8 @@ def inputs(data: Any) -> list[epath.Path]:
         where = files.resolve(path, key)
         if where.is_dir():
             out.extend(p for p in where.iterdir() if not p.is_dir())
+            if data.reader == "open_bandit":
+                out.extend(file.path for log in open_bandit.find(where) for file in (log.rows, log.items))
         elif where.exists():
             out.append(where)
         if data.reader == "recbole" and not where.is_dir():

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from rec_jax.data import impressions
+from rec_jax.data.impressions import CONTEXT, LABEL, ImpressionTable
 from rec_jax.data.readers import delimited, files
 from rec_jax.data.tables import Report, Tables, bad_input, users_of
 from rec_jax.types import RecJaxError
@@ -23,6 +25,8 @@ def read(data: Any, report: Report) -> Tables:
     Every row of a user repeats the history from before the log, without times: its clicks are put into the seconds before the
     log's first impression, in their order. Where a user's rows differ in it, the longest one counts.
 
+    Each item that a row shows is an impression, with the label `click` and the day of the week and the hour as context.
+
     Raises:
       RecJaxError: a missing file; bad rows whose policy is "error".
     """
@@ -36,9 +40,12 @@ def read(data: Any, report: Report) -> Tables:
     rows, place = delimited.read(file, columns, data.on_bad, report, separator="\t", names=BEHAVIORS, optional=("history", "impressions"))
     rows = rows.with_row_index("row").with_columns(seconds=pl.col("time").str.to_datetime(TIME, strict=False).dt.epoch("s"))
     rows = _good(rows, place, data.on_bad, report)
-    events = pl.concat([_history(rows), _clicks(rows)])
-    event_row = events["row"].to_numpy()
-    events = events.select("user", "item", pl.col("seconds").alias("time"), rating=pl.lit(1.0, pl.Float32))
+    shown = _shown(rows)
+    history = _history(rows).with_columns(impression=pl.lit(-1, pl.Int64))  # it lies before the log
+    events = pl.concat([history, shown.filter("clicked").select(history.columns)])
+    event_row, shown_row = events["row"].to_numpy(), shown["row"].to_numpy()
+    events = events.select("user", "item", pl.col("seconds").alias("time"), "impression", rating=pl.lit(1.0, pl.Float32))
+    table = _table(shown, lambda row: place(int(shown_row[row]))) if impressions.asked(data) else None
     texts = dict.fromkeys(("item", "category", "subcategory", "title", "abstract"), pl.String)
     news, item_place = delimited.read(found["news.tsv"], texts, data.on_bad, report, separator="\t", names=NEWS, optional=tuple(texts)[1:])
     items = news.select("item", "title", "abstract", categories=pl.concat_str("category", "subcategory", separator=", "))
@@ -49,6 +56,7 @@ def read(data: Any, report: Report) -> Tables:
         report,
         event_place=lambda row: place(int(event_row[row])),
         item_place=item_place,
+        impressions=table,
     )
 
 
@@ -73,8 +81,23 @@ def _history(rows: pl.DataFrame) -> pl.DataFrame:
     return items.with_columns(seconds=first - after)
 
 
-def _clicks(rows: pl.DataFrame) -> pl.DataFrame:
-    """Clicked items of the impressions -> row, user, item, seconds."""
-    items = rows.select("row", "user", "seconds", item=pl.col("impressions").str.split(" ")).explode("item")
-    clicked = items.filter(pl.col("item").str.ends_with("-1"))
-    return clicked.select("row", "user", pl.col("item").str.strip_suffix("-1"), "seconds")
+def _shown(rows: pl.DataFrame) -> pl.DataFrame:
+    """Items of the impressions, in the order of the file -> row, user, item, seconds, clicked, impression (their number)."""
+    items = rows.select("row", "user", "seconds", item=pl.col("impressions").str.split(" ")).explode("item").filter(pl.col("item") != "")
+    clicked = pl.col("item").str.ends_with("-1")
+    item = pl.col("item").str.replace(r"-[01]$", "")
+    return items.select("row", "user", item, "seconds", clicked.alias("clicked"), impression=pl.int_range(pl.len(), dtype=pl.Int64))
+
+
+def _table(shown: pl.DataFrame, place: delimited.Place) -> ImpressionTable:
+    """Items of the impressions -> the table of impressions."""
+    time = pl.from_epoch("seconds", time_unit="s")
+    frame = shown.select(
+        "user",
+        "item",
+        pl.col("seconds").alias("time"),
+        time.dt.weekday().cast(pl.String).alias(CONTEXT + "weekday"),
+        time.dt.hour().cast(pl.String).alias(CONTEXT + "hour"),
+        pl.col("clicked").cast(pl.Float32).alias(LABEL + "click"),
+    )
+    return ImpressionTable(frame, place=place)
