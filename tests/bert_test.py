@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rec_jax.towers import BertSpec, bert, encode_texts, load_hf
-from rec_jax.towers.bert import init, segment_positions
+from rec_jax.towers.bert import Embeddings, encode_layers, init, segment_positions
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.pool import pool_segments
 from rec_jax.types import RecJaxError
@@ -97,13 +97,13 @@ def test_minilm_layers_equal_torch(minilm, golden):
     params, spec = minilm
     rows = golden["rows"][:16]
     tokens, mask = _padded(rows, max(map(len, rows)))
-    for layers in (1, 3):
-        hidden = np.asarray(bert(params, dataclasses.replace(spec, layers=layers), tokens, mask))
+    layers = jax.jit(encode_layers, static_argnums=1)(params, spec, tokens, mask)
+    for n, hidden in enumerate(map(np.asarray, layers.hidden)):
         for i in range(len(rows)):
             place = golden["places"][i][len(golden["places"][i]) // 2]
-            np.testing.assert_allclose(
-                hidden[i, place], golden["layers"][i, layers], rtol=0, atol=2e-5, err_msg=f"text {i}, layer {layers}"
-            )
+            np.testing.assert_allclose(hidden[i, place], golden["layers"][i, n], rtol=0, atol=2e-5, err_msg=f"text {i}, layer {n}")
+    three = bert(params, dataclasses.replace(spec, layers=3), tokens, mask)
+    np.testing.assert_allclose(layers.hidden[3], three, rtol=0, atol=1e-5)
 
 
 def test_minilm_changing_one_text_changes_no_bit_of_the_others(minilm, golden):
@@ -140,6 +140,59 @@ def test_jit_equals_eager(tiny, changes):
     assert eager.dtype == spec.dtype
     tolerance = 5e-2 if spec.dtype == "bfloat16" else 1e-5
     np.testing.assert_allclose(np.asarray(eager, np.float32), np.asarray(jitted, np.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scan": True}, {"remat": "full"}])
+def test_every_layer_and_its_attention(tiny, changes):
+    spec = dataclasses.replace(TINY, **changes)
+    run = jax.jit(bert, static_argnums=1)
+    hidden, attention = jax.jit(encode_layers, static_argnums=1)(tiny, spec, TOKENS, SEGMENTS)
+    assert (len(hidden), len(attention)) == (3, 2)
+    np.testing.assert_allclose(hidden[2], run(tiny, spec, TOKENS, SEGMENTS), atol=1e-5)
+    for n in (0, 1):
+        np.testing.assert_allclose(hidden[n], run(tiny, dataclasses.replace(TINY, layers=n), TOKENS, SEGMENTS), atol=1e-5)
+        weights, real = np.asarray(attention[n]), np.asarray(SEGMENTS > 0)
+        same = np.asarray(SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & real[:, None]
+        assert weights.shape == (3, 4, 10, 10)
+        np.testing.assert_allclose(weights.sum(-1), np.repeat(real[:, None], 4, 1), atol=1e-5)
+        assert ((weights > 0) == same[:, None]).all()
+        # From these weights and the layer's input follows what its attention gives.
+        layer, x = tiny[f"layer_{n}"]["attention"], np.asarray(hidden[n], np.float64)
+        query, key = (x @ np.asarray(layer[r]["kernel"]) + layer[r]["bias"] for r in ("query", "key"))
+        scores = np.einsum("rqhd,rkhd->rhqk", query.reshape(3, 10, 4, 4), key.reshape(3, 10, 4, 4)) / 2
+        expected = np.where(same[:, None], np.exp(scores), 0)
+        np.testing.assert_allclose(weights, expected / np.maximum(expected.sum(-1, keepdims=True), 1e-9), atol=1e-5)
+    assert hidden[0].dtype == jnp.float32
+
+
+def test_every_layer_has_gradients_and_the_ordinary_way_keeps_none(tiny):
+    keys = jax.random.split(jax.random.key(2), 3)
+
+    def loss(params):
+        layers = encode_layers(params, TINY, TOKENS, SEGMENTS, keys=keys)
+        return jnp.sum(jnp.sin(layers.hidden[1])) + jnp.sum(jnp.square(layers.attention[1]))
+
+    gradients = jax.jit(jax.grad(loss))(tiny)
+    assert np.abs(gradients["layer_1"]["attention"]["key"]["kernel"]).max() > 1e-3
+    assert not np.abs(gradients["layer_1"]["mlp"]["up"]["kernel"]).any()
+    last, expected = (jax.jit(f, static_argnums=1)(tiny, TINY, TOKENS, SEGMENTS, keys=keys) for f in (encode_layers, bert))
+    np.testing.assert_allclose(last.hidden[-1], expected, atol=1e-5)
+    scanned = jax.make_jaxpr(lambda p: bert(p, dataclasses.replace(TINY, scan=True), TOKENS, SEGMENTS))(tiny)
+    (scan,) = [equation for equation in scanned.eqns if equation.primitive.name == "scan"]
+    assert [variable.aval.shape for variable in scan.outvars] == [(3, 10, 16)]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_no_layers_are_the_normalised_embeddings(tiny, scan):
+    spec = dataclasses.replace(TINY, layers=0, scan=scan)
+    assert list(init(jax.random.key(0), spec)) == ["embeddings"]
+    hidden = np.asarray(bert(tiny, spec, TOKENS, SEGMENTS))
+    expected = Embeddings(spec).apply({"params": tiny["embeddings"]}, TOKENS, segment_positions(SEGMENTS), None)
+    np.testing.assert_allclose(hidden, np.where(np.asarray(SEGMENTS > 0)[..., None], expected, 0), atol=1e-6)
+    layers = encode_layers(tiny, spec, TOKENS, SEGMENTS)
+    assert layers.attention == ()
+    np.testing.assert_array_equal(layers.hidden[0], hidden)
+    assert np.isfinite(jax.tree.leaves(jax.grad(lambda p: bert(p, spec, TOKENS, SEGMENTS).sum())(tiny))[0]).all()
 
 
 def _gradients(params, spec, tokens=TOKENS, keys=None):
@@ -285,7 +338,7 @@ def test_init_has_readable_names_and_the_published_spread():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("activation", "swish"), ("dtype", "float16"), ("remat", "some"), ("pooling", "median"), ("heads", 3), ("layers", 0)],
+    [("activation", "swish"), ("dtype", "float16"), ("remat", "some"), ("pooling", "median"), ("heads", 3), ("layers", -1)],
 )
 def test_spec_refuses(field, value):
     with pytest.raises(RecJaxError, match=f"{field}={value!r}"):

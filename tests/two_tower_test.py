@@ -8,11 +8,14 @@ import tiny
 
 from rec_jax.data.packing import pack_texts, texts_per_row
 from rec_jax.data.pipeline import Batches, BatchSpec
-from rec_jax.towers import encode_texts, heads, history, two_tower
+from rec_jax.towers import batches, encode_texts, heads, history, two_tower
 from rec_jax.towers.bert import init as init_text
 from rec_jax.types import RecJaxError
 
 SPEC = history.HistorySpec(dim=8, layers=2, heads=2, mlp=16, dropout=0.5, max_positions=32)
+
+
+encode_batch = jax.jit(batches.encode_batch, static_argnames=("spec", "catalogue"))
 
 
 def vectors(rows, places, seed=0):
@@ -72,7 +75,7 @@ def batch_and_spec(kind, source, **changes):
 
 def test_item_vectors_of_a_batch_are_those_of_the_texts_alone():
     batch, spec, params = batch_and_spec("history", "tokens")
-    out = two_tower.encode_batch(params, spec, batch, table=None, catalogue=False, keys=None)
+    out = encode_batch(params, spec, batch, table=None, catalogue=False, keys=None)
     texts, lengths = tiny.tokens(), tiny.tokens().lengths()
     padded = np.zeros((tiny.N_ITEMS, lengths.max()), np.int32)
     for n in range(tiny.N_ITEMS):
@@ -90,7 +93,7 @@ def test_item_vectors_of_a_batch_are_those_of_the_texts_alone():
 def test_shapes_and_unit_length(kind, source):
     batch, spec, params = batch_and_spec(kind, source)
     table = None if source == "tokens" else tiny.table()
-    out = two_tower.encode_batch(params, spec, batch, table=table, catalogue=table is not None, keys=None)
+    out = encode_batch(params, spec, batch, table=table, catalogue=table is not None, keys=None)
     assert out.user.shape == (*batch.targets.shape, 8)
     assert out.item.shape == (*batch.item_ids.shape, 8)
     there = batch.weights > 0
@@ -104,7 +107,7 @@ def test_gradients_reach_every_weight_of_the_encoder():
     batch, spec, params = batch_and_spec("history", "tokens")
 
     def loss(p):
-        out = two_tower.encode_batch(p, spec, batch, table=None, catalogue=False, keys=None)
+        out = encode_batch(p, spec, batch, table=None, catalogue=False, keys=None)
         return jnp.sum(out.user * batch.weights[..., None] * jnp.arange(8.0))
 
     grads = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params))
@@ -115,7 +118,7 @@ def test_gradients_reach_every_weight_of_the_encoder():
 
 def test_user_vectors_for_ranking_are_those_of_training():
     batch, spec, params = batch_and_spec("history", "frozen")
-    out = two_tower.encode_batch(params, spec, batch, table=tiny.table(), catalogue=True, keys=None)
+    out = encode_batch(params, spec, batch, table=tiny.table(), catalogue=True, keys=None)
     segment = batch.history_segments[0, 0] == 1
     ids = batch.item_ids[0][batch.history[0, 0][segment]]
     histories = np.full((2, 20), -1, np.int32)
@@ -128,6 +131,6 @@ def test_user_vectors_for_ranking_are_those_of_training():
 def test_a_catalogue_needs_a_table():
     batch, spec, params = batch_and_spec("history", "frozen")
     with pytest.raises(RecJaxError, match="need a table of text vectors"):
-        two_tower.encode_batch(params, spec, batch, table=None, catalogue=True, keys=None)
+        encode_batch(params, spec, batch, table=None, catalogue=True, keys=None)
     with pytest.raises(RecJaxError, match="written-out histories"):
         two_tower.user_vectors(params, dataclasses.replace(spec, history=None), np.zeros((3, 8)), np.zeros((1, 2), np.int32))

@@ -1,7 +1,7 @@
 """BERT (Devlin et al., 2019) as pure functions: packed rows of texts -> token vectors.
 
 Reference: https://arxiv.org/abs/1810.04805, section 3; the layer norm follows each residual sum ("post-norm"). There is no pooler
-and no language-model head here, and every token has token type 0.
+and no language-model head here (`pretraining` has one), and every token has token type 0.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rec_jax.mesh import over_batch
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.pool import POOLINGS, pool_segments
 from rec_jax.types import Array, Params, RecJaxError
@@ -47,7 +48,7 @@ class BertSpec:
     Attributes:
       vocab_size: rows of the word table.
       width: D, width of the token vectors.
-      layers: number of layers.
+      layers: number of layers; 0 leaves the normalised embeddings, a bag of words with positions.
       heads: attention heads; divides width.
       mlp_width: width between the two matrices of the MLP.
       max_positions: the longest text, in tokens.
@@ -88,14 +89,16 @@ class BertSpec:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise RecJaxError(f"BertSpec.{field}={getattr(self, field)!r}: expected one of {', '.join(allowed)}")
-        for field in ("vocab_size", "width", "layers", "heads", "mlp_width", "max_positions", "type_vocab"):
+        for field in ("vocab_size", "width", "heads", "mlp_width", "max_positions", "type_vocab"):
             if getattr(self, field) < 1:
                 raise RecJaxError(f"BertSpec.{field}={getattr(self, field)!r}: must be at least 1")
+        if self.layers < 0:
+            raise RecJaxError(f"BertSpec.layers={self.layers!r}: must be at least 0")
         if self.width % self.heads:
             raise RecJaxError(f"BertSpec.width={self.width} is not divisible by heads={self.heads}")
 
 
-class _Dense(nn.Module):
+class Dense(nn.Module):
     """x [..., in] -> [..., features] in the compute dtype."""
 
     features: int
@@ -122,7 +125,7 @@ class _Embed(nn.Module):
         return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-class _LayerNorm(nn.Module):
+class LayerNorm(nn.Module):
     """x [..., D] -> [..., D] in the compute dtype; computed in float32."""
 
     epsilon: float
@@ -138,11 +141,11 @@ class _LayerNorm(nn.Module):
         return (centred * inverse * scale + bias).astype(self.dtype)
 
 
-def _drop(x: jax.Array, keys: jax.Array | None, name: str, rate: float) -> jax.Array:
+def drop(x: jax.Array, keys: jax.Array | None, name: str, rate: float) -> jax.Array:
     return x if keys is None else dropout(x, fold(keys, name), rate)
 
 
-class _Embeddings(nn.Module):
+class Embeddings(nn.Module):
     """tokens [R, T], positions [R, T] -> [R, T, D]: the sum of word, position and token type, normalised."""
 
     spec: BertSpec
@@ -153,11 +156,11 @@ class _Embeddings(nn.Module):
         x = _Embed(s.vocab_size, s.width, name="word")(tokens)
         x = x + _Embed(s.max_positions, s.width, name="position")(positions)
         x = x + _Embed(s.type_vocab, s.width, name="token_type")(jnp.zeros((), jnp.int32))
-        x = _LayerNorm(s.layer_norm_eps, DTYPES[s.dtype], name="norm")(x)
-        return _drop(x, keys, "embeddings", s.dropout)
+        x = LayerNorm(s.layer_norm_eps, DTYPES[s.dtype], name="norm")(x)
+        return drop(x, keys, "embeddings", s.dropout)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """x [R, T, D], visible [R, T, T] -> [R, T, D]."""
 
     spec: BertSpec
@@ -166,16 +169,17 @@ class _Attention(nn.Module):
     def __call__(self, x: jax.Array, visible: jax.Array, keys: jax.Array | None) -> jax.Array:
         s, dtype = self.spec, DTYPES[self.spec.dtype]
         split = (*x.shape[:2], s.heads, s.width // s.heads)
-        query, key, value = (_Dense(s.width, dtype, name=name)(x).reshape(split) for name in ("query", "key", "value"))
+        query, key, value = (Dense(s.width, dtype, name=name)(x).reshape(split) for name in ("query", "key", "value"))
         query = query * jnp.asarray((s.width // s.heads) ** -0.5, dtype)  # here and not on the scores, which are larger
         scores = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, MASKED), axis=-1)
-        weights = _drop(weights, keys, "attention_weights", s.attention_dropout)
+        self.sow("intermediates", "weights", weights)  # for `encode_layers`; does nothing elsewhere
+        weights = drop(weights, keys, "attention_weights", s.attention_dropout)
         mixed = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(dtype), value)
-        return _Dense(s.width, dtype, name="out")(mixed.reshape(x.shape))
+        return Dense(s.width, dtype, name="out")(mixed.reshape(x.shape))
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
     """x [R, T, D] -> [R, T, D]."""
 
     spec: BertSpec
@@ -183,8 +187,8 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         s, dtype = self.spec, DTYPES[self.spec.dtype]
-        x = ACTIVATIONS[s.activation](_Dense(s.mlp_width, dtype, name="up")(x))
-        return _Dense(s.width, dtype, name="down")(x)
+        x = ACTIVATIONS[s.activation](Dense(s.mlp_width, dtype, name="up")(x))
+        return Dense(s.width, dtype, name="down")(x)
 
 
 class _Layer(nn.Module):
@@ -195,17 +199,17 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, visible: jax.Array, keys: jax.Array | None) -> jax.Array:
         s, dtype = self.spec, DTYPES[self.spec.dtype]
-        mixed = _drop(_Attention(s, name="attention")(x, visible, keys), keys, "attention", s.dropout)
-        x = _LayerNorm(s.layer_norm_eps, dtype, name="attention_norm")(x + mixed)
-        transformed = _drop(_Mlp(s, name="mlp")(x), keys, "mlp", s.dropout)
-        return _LayerNorm(s.layer_norm_eps, dtype, name="mlp_norm")(x + transformed)
+        mixed = drop(Attention(s, name="attention")(x, visible, keys), keys, "attention", s.dropout)
+        x = LayerNorm(s.layer_norm_eps, dtype, name="attention_norm")(x + mixed)
+        transformed = drop(Mlp(s, name="mlp")(x), keys, "mlp", s.dropout)
+        return LayerNorm(s.layer_norm_eps, dtype, name="mlp_norm")(x + transformed)
 
 
 def init(key: jax.Array, spec: BertSpec) -> Params:
     """A typed key -> random parameters, a plain nested dict of float32 arrays: `embeddings/...`, `layer_0/attention/query/kernel`, ..."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     x, visible = jnp.zeros((1, 1, spec.width)), jnp.ones((1, 1, 1), bool)
-    params = {"embeddings": _Embeddings(spec).init(fold(key, "embeddings"), tokens, tokens, None)["params"]}
+    params = {"embeddings": Embeddings(spec).init(fold(key, "embeddings"), tokens, tokens, None)["params"]}
     for i in range(spec.layers):
         params[f"layer_{i}"] = _Layer(spec).init(fold(key, f"layer_{i}"), x, visible, None)["params"]
     return params
@@ -238,6 +242,44 @@ def encode(
     Raises:
       RecJaxError: shapes that do not fit each other.
     """
+    return _encode(params, spec, tokens, segment_ids, positions, keys, every_layer=False).hidden[-1]
+
+
+class Layers(NamedTuple):
+    """What each layer made of packed rows, for a student to imitate.
+
+    Attributes:
+      hidden: layers + 1 arrays [R, T, D] in the compute dtype: the embeddings, then each layer's output; padding holds zeros.
+      attention: one array [R, heads, T, T] float32 per layer: what each token (third axis) takes from each other one, before dropout;
+        padding takes nothing.
+    """
+
+    hidden: tuple[jax.Array, ...]
+    attention: tuple[jax.Array, ...]
+
+
+def encode_layers(
+    params: Params, spec: BertSpec, tokens: Array, segment_ids: Array, *, positions: Array | None = None, keys: jax.Array | None = None
+) -> Layers:
+    """tokens [R, T], segment_ids [R, T] -> hidden states [R, T, D] and attention weights [R, heads, T, T] of every layer.
+
+    Arguments, errors and the last hidden states are those of `encode`. Under `jit`,
+    what is not used is not kept.
+    """
+    return _encode(params, spec, tokens, segment_ids, positions, keys, every_layer=True)
+
+
+def _encode(
+    params: Params,
+    spec: BertSpec,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array | None,
+    keys: jax.Array | None,
+    *,
+    every_layer: bool,
+) -> Layers:
+    """`encode_layers`, or with every_layer=False the last hidden states alone."""
     tokens, segment_ids = jnp.asarray(tokens), jnp.asarray(segment_ids)
     if tokens.ndim != 2 or tokens.shape != segment_ids.shape:
         raise RecJaxError(f"tokens and segment_ids must both be [R, T]; got {tokens.shape} and {segment_ids.shape}")
@@ -247,23 +289,32 @@ def encode(
     if positions is None:
         positions = jnp.where(real, segment_positions(segment_ids), 0)
     visible = segment_ids[:, :, None] == segment_ids[:, None, :]
-    x: Any = _Embeddings(spec).apply({"params": params["embeddings"]}, tokens, positions, keys)
+    x: Any = Embeddings(spec).apply({"params": params["embeddings"]}, tokens, positions, keys)
 
-    def layer(x: Any, inputs: tuple[Params, Any]) -> tuple[Any, None]:
+    def layer(x: Any, inputs: tuple[Params, Any]) -> tuple[Any, Any]:
         layer_params, number = inputs
         layer_keys = None if keys is None else fold(keys, number)
-        return _Layer(spec).apply({"params": layer_params}, x, visible, layer_keys), None
+        arguments = ({"params": layer_params}, over_batch(x), visible, layer_keys)
+        if not every_layer:
+            return _Layer(spec).apply(*arguments), None
+        x, sown = _Layer(spec).apply(*arguments, mutable=["intermediates"])
+        return x, (x, *sown["intermediates"]["attention"]["weights"])
 
     if REMAT[spec.remat] is not None:
         layer = jax.checkpoint(layer, policy=REMAT[spec.remat], prevent_cse=not spec.scan)
     stack = [params[f"layer_{i}"] for i in range(spec.layers)]
     numbers = jnp.arange(spec.layers, dtype=jnp.uint32)
-    if spec.scan:
-        x, _ = jax.lax.scan(layer, x, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack), numbers))
+    first, outputs = x, []
+    if spec.scan and stack:
+        x, kept = jax.lax.scan(layer, x, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack), numbers))
+        outputs = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(spec.layers)]
     else:
         for inputs in zip(stack, numbers, strict=True):
-            x, _ = layer(x, inputs)
-    return jnp.where(real[:, :, None], x, jnp.zeros((), x.dtype))
+            x, kept = layer(x, inputs)
+            outputs.append(kept)
+    hidden = [first, *(states for states, _ in outputs)] if every_layer else [x]
+    attention = [jnp.where(real[:, None, :, None], weights, 0.0) for _, weights in outputs] if every_layer else []
+    return Layers(tuple(jnp.where(real[:, :, None], h, jnp.zeros((), h.dtype)) for h in hidden), tuple(attention))
 
 
 def encode_texts(params: Params, spec: BertSpec, tokens: Array, mask: Array, *, keys: jax.Array | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Text vector -> item vector: a linear map or a small MLP, started as PCA whitening of the catalogue."""
+"""Text vector -> item vector: a linear map or a small MLP, started as PCA whitening of the catalogue or fitted to a teacher's."""
 
 from __future__ import annotations
 
@@ -68,4 +68,22 @@ def whitened(params: dict[str, Any], table: np.ndarray, *, power: float = 0.5) -
     vectors = vectors[:, top] * np.sign(vectors[np.abs(vectors[:, top]).argmax(0), top])
     scale = np.maximum(values[top], 1e-12) ** -power
     project = {"kernel": jnp.asarray(vectors * scale, jnp.float32), "bias": jnp.asarray(-(mean @ vectors) * scale, jnp.float32)}
+    return {**params, "project": project}
+
+
+def fitted(params: dict[str, Any], table: np.ndarray, wanted: np.ndarray, *, ridge: float = 1e-3) -> dict[str, Any]:
+    """Head parameters whose linear map takes table [N, D_text] nearest to wanted [N, D], by ridge regression.
+
+    Args:
+      params: of `init`; not changed.
+      table: text vectors of the catalogue.
+      wanted: what the head should make of them.
+      ridge: weight of the kernel's squared size, as a share of the mean variance of the text vectors.
+    """
+    x, y = table.astype(np.float64), np.asarray(wanted, np.float64)
+    mean, target = x.mean(0), y.mean(0)
+    x = x - mean
+    gram = x.T @ x
+    kernel = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ (y - target))
+    project = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(target - mean @ kernel, jnp.float32)}
     return {**params, "project": project}

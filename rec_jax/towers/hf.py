@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rec_jax.towers.bert import BertSpec, init
+from rec_jax.towers.pretraining import init_mlm
 from rec_jax.types import Params, RecJaxError
 
 # Their name, our name, whether the matrix is stored transposed. Placeholders are numbers or words, the same on both sides.
@@ -35,6 +36,15 @@ NAMES = (
     ("encoder.layer.{n}.output.LayerNorm.weight", "layer_{n}/mlp_norm/scale", False),
     ("encoder.layer.{n}.output.LayerNorm.bias", "layer_{n}/mlp_norm/bias", False),
 )
+# The same of the masked language model's head; its product with the word table is tied to the encoder's.
+MLM_NAMES = (
+    ("cls.predictions.transform.dense.weight", "transform/kernel", True),
+    ("cls.predictions.transform.dense.bias", "transform/bias", False),
+    ("cls.predictions.transform.LayerNorm.weight", "norm/scale", False),
+    ("cls.predictions.transform.LayerNorm.bias", "norm/bias", False),
+    ("cls.predictions.bias", "bias", False),
+)
+MLM_TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 # Tensors that a BERT folder may hold and the encoder has no use for: heads on top, and a constant 0..max_positions-1.
 IGNORED = (r"pooler\..*", r"cls\..*", r"classifier\..*", r"embeddings\.position_ids")
 # The names of the layer norm's parameters before 2019, still in some folders.
@@ -58,6 +68,8 @@ CONFIG: tuple[tuple[str, str, Any], ...] = (
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "relu": "relu"}
 POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
 MODULE_TYPES = ("Transformer", "Pooling", "Normalize")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
+SPECIAL_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 
 
 def load_hf(path: str) -> tuple[Params, BertSpec]:
@@ -76,28 +88,63 @@ def load_hf(path: str) -> tuple[Params, BertSpec]:
 
     folder = model_folder(str(path))
     spec = _read_spec(folder)
-    return _to_params(_read_tensors(folder), spec, folder), spec
+    expected = jax.eval_shape(lambda: init(jax.random.key(0), spec))
+    return _to_params(_read_tensors(folder, IGNORED), expected, f"the BERT of its config.json ({spec.layers} layers)", folder), spec
 
 
-def save_hf(params: Params, spec: BertSpec, folder: Any) -> None:
-    """Writes config.json, model.safetensors, modules.json and 1_Pooling/config.json, which `load_hf` reads back bit for bit.
+def load_mlm(path: str) -> Params | None:
+    """A Hugging Face BERT -> its masked language model's head, as from `pretraining.init_mlm`; None where the folder has none.
 
-    The tokenizer's files are not part of it. dtype, remat and scan are choices of a run, not of the model, and are not kept.
+    Args:
+      path: as of `load_hf`.
+
+    Raises:
+      RecJaxError: what `load_hf` raises, and a head that is there in part, or whose word table is not the encoder's.
+    """
+    from rec_jax.config import model_folder
+
+    folder = model_folder(str(path))
+    spec = _read_spec(folder)
+    tensors = _read_tensors(folder, [pattern for pattern in IGNORED if not pattern.startswith("cls")])
+    head = {name: value for name, value in tensors.items() if name.startswith("cls.predictions.")}
+    if not head:
+        return None
+    tied = {name: head.pop(name) for name in MLM_TIED if name in head}
+    pairs = zip(MLM_TIED, (tensors.get(NAMES[0][0]), head.get("cls.predictions.bias")), strict=True)
+    for name, twin in pairs:
+        if name in tied and twin is not None and not np.array_equal(tied[name], twin):
+            raise RecJaxError(f"{folder}: {name} is a table of its own; only a head tied to the encoder's word table can be loaded")
+    expected = jax.eval_shape(lambda: init_mlm(jax.random.key(0), spec))
+    return _to_params(head, expected, "its masked language model's head", folder)
+
+
+def save_hf(
+    params: Params, spec: BertSpec, folder: Any, *, mlm: Params | None = None, tokenizer: str | None = None, max_tokens: int = 0
+) -> None:
+    """Writes a model's folder, which `load_hf` reads back bit for bit and, with a tokenizer, transformers and sentence-transformers open.
+
+    Those are config.json and model.safetensors, what sentence-transformers needs to pool as the spec says (modules.json,
+    1_Pooling, 2_Normalize, sentence_bert_config.json), and copies of the tokenizer's files. dtype, remat and scan are choices of a run,
+    not of the model, and are not kept.
 
     Args:
       params: as from `init` or `load_hf`.
-      spec: the model's.
+      spec: the model's; 0 layers are a model there too.
       folder: made if absent; may be gs://...
+      mlm: the masked language model's head, as from `pretraining.init_mlm`; the folder is then that of a BertForMaskedLM.
+      tokenizer: the folder, "package:NAME" or hub id that the tokenizer's files are copied from.
+      max_tokens: where sentence-transformers cuts a text; 0 = spec.max_positions.
+
+    Raises:
+      RecJaxError: no tokenizer there, or parameters that are not those of a BERT.
     """
     from etils import epath
     from safetensors.numpy import save
 
-    tensors = {}
-    for name, value in _flatten(params).items():
-        theirs, transposed = _translate(name, ours=True)
-        value = np.asarray(value, np.float32)
-        tensors[theirs] = np.ascontiguousarray(value.T if transposed else value)
-    config: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", "position_embedding_type": "absolute"}
+    prefix = "" if mlm is None else "bert."
+    tensors = {prefix + name: value for name, value in _to_tensors(params).items()} | _to_tensors(mlm or {})
+    kind = "BertModel" if mlm is None else "BertForMaskedLM"
+    config: dict[str, Any] = {"architectures": [kind], "model_type": "bert", "position_embedding_type": "absolute"}
     config |= {theirs: getattr(spec, ours) for theirs, ours, _ in CONFIG}
     pooling: dict[str, Any] = {"word_embedding_dimension": spec.width}
     pooling |= {key: kind == spec.pooling for key, kind in POOLING_KEYS.items()}
@@ -106,21 +153,52 @@ def save_hf(params: Params, spec: BertSpec, folder: Any) -> None:
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)
     ]
+    cut = {"max_seq_length": max_tokens or spec.max_positions, "do_lower_case": False}
+    files = {"config.json": config, "1_Pooling/config.json": pooling, "modules.json": modules, "sentence_bert_config.json": cut}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    if tokenizer is not None:
+        texts |= _tokenizer_texts(tokenizer, cut["max_seq_length"])
     folder = epath.Path(folder)
-    (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    for name, content in {"config.json": config, "1_Pooling/config.json": pooling, "modules.json": modules}.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name in ["1_Pooling", *(["2_Normalize"] if spec.normalize else [])]:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
-def _translate(name: str, *, ours: bool) -> tuple[str, bool]:
-    """Our name -> theirs and whether transposed, or with ours=False theirs -> ours."""
-    for row in NAMES:
-        source, target = (row[1], row[0]) if ours else (row[0], row[1])
-        pattern = re.escape(source).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{role\}", "(?P<role>query|key|value)")
+def _tokenizer_texts(path: str, max_tokens: int) -> dict[str, str]:
+    """A tokenizer's files, name -> content; beside a lone tokenizer.json the tokenizer_config.json that transformers needs."""
+    from rec_jax.config import model_folder
+
+    source = model_folder(path)
+    texts = {name: (source / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES if (source / name).is_file()}
+    if "tokenizer.json" not in texts and "vocab.txt" not in texts:
+        raise RecJaxError(f"{source} holds no tokenizer.json or vocab.txt to save beside the model")
+    if "tokenizer.json" in texts and "tokenizer_config.json" not in texts:
+        words = _read_json(source / "tokenizer.json")["model"]["vocab"]
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens}
+        config |= {role: token for role, token in SPECIAL_TOKENS.items() if token in words}
+        texts["tokenizer_config.json"] = json.dumps(config, indent=2) + "\n"
+    return texts
+
+
+def _to_tensors(params: Params) -> dict[str, np.ndarray]:
+    """Our parameters -> their tensors."""
+    tensors = {}
+    for name, value in _flatten(params).items():
+        theirs, transposed = _translate(name)
+        value = np.asarray(value, np.float32)
+        tensors[theirs] = np.ascontiguousarray(value.T if transposed else value)
+    return tensors
+
+
+def _translate(name: str) -> tuple[str, bool]:
+    """Our name -> theirs, and whether it is stored transposed there."""
+    for theirs, ours, transposed in (*NAMES, *MLM_NAMES):
+        pattern = re.escape(ours).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{role\}", "(?P<role>query|key|value)")
         if match := re.fullmatch(pattern, name):
-            return target.format(**match.groupdict()), row[2]
-    raise RecJaxError(f"parameter {name!r} has no counterpart in the table rec_jax.towers.hf.NAMES")
+            return theirs.format(**match.groupdict()), transposed
+    raise RecJaxError(f"parameter {name!r} has no counterpart in the tables of rec_jax.towers.hf (NAMES, MLM_NAMES)")
 
 
 def _flatten(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -184,8 +262,8 @@ def _read_pooling(folder: Path) -> dict[str, Any]:
     return out
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the folder under their own names, without the prefix "bert."; ignored ones are left out."""
+def _read_tensors(folder: Path, ignored: Iterable[str]) -> dict[str, np.ndarray]:
+    """All tensors of the folder under their own names, without the prefix "bert.", but those that a pattern of `ignored` matches."""
     from safetensors import SafetensorError, safe_open
 
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -211,7 +289,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
                     short = name.removeprefix("bert.")
                     for old, new in OLD_NAMES.items():
                         short = short.replace(old, new)
-                    if any(re.fullmatch(pattern, short) for pattern in IGNORED):
+                    if any(re.fullmatch(pattern, short) for pattern in ignored):
                         continue
                     if short in tensors:
                         raise RecJaxError(f"{file}: tensor {name!r} is there twice (with and without 'bert.', or in two files)")
@@ -221,15 +299,15 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _to_params(tensors: Mapping[str, np.ndarray], spec: BertSpec, folder: Path) -> Params:
-    """Tensors under their names -> nested params, checked against what the spec needs."""
-    expected = {name: leaf.shape for name, leaf in _flatten(jax.eval_shape(lambda: init(jax.random.key(0), spec))).items()}
-    theirs = {name: _translate(name, ours=True) for name in expected}
+def _to_params(tensors: Mapping[str, np.ndarray], shapes: Params, what: str, folder: Path) -> Params:
+    """Tensors under their names -> nested params, checked against the shapes that `what` needs."""
+    expected = {name: leaf.shape for name, leaf in _flatten(shapes).items()}
+    theirs = {name: _translate(name) for name in expected}
     missing = [their for their, _ in theirs.values() if their not in tensors]
     left_over = sorted(set(tensors) - {their for their, _ in theirs.values()})
     if missing or left_over:
-        parts = [f"{what} {len(names)} ({_some(names)})" for what, names in (("lack", missing), ("leave over", left_over)) if names]
-        raise RecJaxError(f"{folder}: the tensors {' and '.join(parts)} for the BERT of its config.json ({spec.layers} layers)")
+        parts = [f"{does} {len(names)} ({_some(names)})" for does, names in (("lack", missing), ("leave over", left_over)) if names]
+        raise RecJaxError(f"{folder}: the tensors {' and '.join(parts)} for {what}")
     params: dict[str, Any] = {}
     for name, (their, transposed) in theirs.items():
         value = tensors[their].T if transposed else tensors[their]

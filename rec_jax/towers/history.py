@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rec_jax.mesh import over_batch
 from rec_jax.towers.bert import segment_positions
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.types import Params
@@ -42,13 +43,14 @@ class _Block(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
         s, width = self.spec, self.spec.dim // self.spec.heads
         drop = lambda x, name: x if keys is None else dropout(x, fold(keys, name), s.dropout)
+        x = over_batch(x)
         y = nn.RMSNorm(name="attention_norm")(x)
         q, k, v = (nn.DenseGeneral((s.heads, width), use_bias=False, name=n)(y) for n in ("query", "key", "value"))
         logits = jnp.einsum("rshd,rthd->rhst", q, k) * width**-0.5
         # A finite mask: rows of padding stay finite, and exp gives an exact 0 for every hidden place that is not the row's only one.
         weights = jax.nn.softmax(jnp.where(mask[:, None], logits.astype(jnp.float32), -1e30), axis=-1).astype(x.dtype)
         y = jnp.einsum("rhst,rthd->rshd", drop(weights, "attention"), v)
-        x = x + drop(nn.DenseGeneral(s.dim, axis=(-2, -1), use_bias=False, name="out")(y), "out")
+        x = over_batch(x + drop(nn.DenseGeneral(s.dim, axis=(-2, -1), use_bias=False, name="out")(y), "out"))
         y = nn.gelu(nn.Dense(s.mlp, use_bias=False, name="mlp_in")(nn.RMSNorm(name="mlp_norm")(x)))
         return x + drop(nn.Dense(s.dim, use_bias=False, name="mlp_out")(y), "mlp")
 
