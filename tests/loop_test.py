@@ -10,7 +10,7 @@ import tiny
 
 from rec_jax import mesh as mesh_lib
 from rec_jax.checkpoint import Checkpoints
-from rec_jax.eval.model import best_params
+from rec_jax.eval.workdir import best_params
 from rec_jax.train import log as log_lib
 from rec_jax.train import loop
 from rec_jax.types import RecJaxError

@@ -16,8 +16,9 @@ from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
 from rec_jax import towers
 from rec_jax.data.packing import texts_per_row
-from rec_jax.towers import two_tower
-from rec_jax.train import loop, objectives, stages
+from rec_jax.towers import batches, two_tower
+from rec_jax.towers.bert import init as init_text
+from rec_jax.train import loop, stages
 from rec_jax.train import optimizer as optimizer_lib
 from rec_jax.train import state as state_lib
 from rec_jax.train import step as step_lib
@@ -104,33 +105,47 @@ def test_a_mesh_trains_as_one_device_does(world, shape, folder):
 
 
 def shapes_of(config, n_items):
-    """A stage's task of shapes alone, with an encoder of the size of MiniLM-L6: no array is made."""
-    spec = towers.BertSpec(vocab_size=30522, width=384, layers=6, heads=12, mlp_width=1536, max_positions=512)
-    tower = two_tower.make_spec(config.towers, spec, texts_per_row=texts_per_row(config.batch.row_tokens), n_items=n_items)
-    learned = step_lib.init_scalars(objectives.make_objectives(config.objectives.to_dict()))
+    """A stage's task of shapes alone, with an encoder of the size of MiniLM-L6 or a student of it: no array is made."""
+    t = config.towers.text
+    layers = 6 if t.layers < 0 else t.layers
+    text = towers.BertSpec(vocab_size=30522, width=384, layers=layers, heads=12, mlp_width=1536, max_positions=512)
+    tasks, per_row = int(config.objectives.task.weight > 0), texts_per_row(config.batch.row_tokens)
+    tower = two_tower.make_spec(config.towers, text, texts_per_row=per_row, n_items=n_items, tasks=tasks)
+    step = stages.make_step(config, tower, stages.batch_spec(config), teacher=tower)
     o = config.optimizer
     optimizer = optimizer_lib.OptimizerSpec(
         learning_rate=o.learning_rate, schedule=o.schedule, warmup=1, total=10, final=o.final, beta1=o.beta1, beta2=o.beta2,
         weight_decay=o.weight_decay, no_decay=o.no_decay, freeze=o.freeze, scale=o.scale, clip=o.clip, accumulate=o.accumulate,
     )  # fmt: skip
-    params = jax.eval_shape(lambda k: {**two_tower.init(k, tower), "scalars": learned}, jax.random.key(0))
+    text_params = jax.eval_shape(lambda k: init_text(k, text), jax.random.key(0))
+    params = jax.eval_shape(lambda t: stages.fresh(config, step, t, None), text_params)
     rules = mesh_lib.rules_of("sharded", config.mesh.rules)
     spec = loop.LoopSpec(total=10, log_every=1, eval_every=1, checkpoint_every=1, monitor="", patience=0, prefetch=1, seed=0)
-    step = step_lib.StepSpec(tower, objectives.make_objectives(config.objectives.to_dict()))
     return loop.Task("", None, step, spec, optimizer, params, None, None, rules, None)
 
 
+# Golden -> config file, stage, items, overrides.
 STAGES = {
-    "movielens_frozen": ("movielens", "frozen", 9724),
-    "movielens_finetune": ("movielens", "finetune", 9724),
-    "sequences": ("sequences", "", 12101),
+    **{f"movielens_{stage}": ("movielens", stage, 9724, ()) for stage in ("pretrain", "contrastive", "task", "distill")},
+    "sequences": ("sequences", "", 12101, ()),
+    "sequences_moco": (
+        "sequences",
+        "",
+        12101,
+        (
+            ("objectives.info_nce.candidates", "batch"),
+            ("objectives.info_nce.queue", "8000"),
+            ("objectives.info_nce.momentum", "0.999"),
+            ("towers.text.source", "tokens"),
+        ),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_where_each_array_lies_is_the_golden_text(name, update_goldens):
-    file, stage, n_items = STAGES[name]
-    config = config_lib.load(f"{ROOT}/configs/{file}.py")
+    file, stage, n_items, overrides = STAGES[name]
+    config = config_lib.load(f"{ROOT}/configs/{file}.py", overrides)
     config = config_lib.for_stage(config, stage) if stage else config
     mesh = mesh_of((2, 2, 2))
     shapes, placed = loop.state_shardings(shapes_of(config, n_items), mesh)
@@ -148,7 +163,7 @@ def test_where_each_array_lies_is_the_golden_text(name, update_goldens):
 
 
 def test_optimizer_state_is_an_eighth_on_eight_devices():
-    config = config_lib.for_stage(config_lib.load(f"{ROOT}/configs/movielens.py"), "finetune")
+    config = config_lib.for_stage(config_lib.load(f"{ROOT}/configs/movielens.py"), "pretrain")
     shapes, placed = loop.state_shardings(shapes_of(config, 9724), mesh_of((1, 8, 1)))
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.opt_state))
     assert mesh_lib.bytes_per_device(shapes.opt_state, placed.opt_state) <= whole / 7
@@ -165,10 +180,10 @@ def test_looking_up_vectors_sends_nothing(shape):
     vectors, places = jax.ShapeDtypeStruct((8, 32, 16), jnp.float32), jax.ShapeDtypeStruct((8, 4, 10), jnp.int32)
 
     def loss(vectors, places):
-        return two_tower._lookup(vectors, places)
+        return batches._lookup(vectors, places)
 
     def gradient(vectors, places):
-        return jax.vjp(lambda v: two_tower._lookup(v, places), vectors)[1](jnp.ones((8, 4, 10, 16)))[0]
+        return jax.vjp(lambda v: batches._lookup(v, places), vectors)[1](jnp.ones((8, 4, 10, 16)))[0]
 
     for function in (loss, gradient):
         compiled = jax.jit(function, in_shardings=(here, here), out_shardings=here).lower(vectors, places).compile()

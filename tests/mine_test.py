@@ -11,6 +11,7 @@ import tiny
 from rec_jax import config as config_lib
 from rec_jax.data import negatives
 from rec_jax.data.prepare import prepare
+from rec_jax.eval import encoder as encoder_lib
 from rec_jax.eval import mine as mine_lib
 from rec_jax.eval import model as model_lib
 from rec_jax.eval.mine import __main__ as command
@@ -204,7 +205,7 @@ def test_command_mines_on_a_workdir_and_training_reads_the_file(data, tmp_path, 
     monkeypatch.chdir(root)
     spec = tiny.bert_spec(vocab_size=30522)  # that of the tokenizer
     encoder = jax.jit(lambda key: init_text(key, spec))(jax.random.key(1)), spec
-    monkeypatch.setattr(model_lib, "load_encoder", lambda config: encoder)
+    monkeypatch.setattr(encoder_lib, "load_encoder", lambda config, prepared: encoder)
     assert train.main(words(data, tmp_path / "first")) == 0
     capsys.readouterr()
     call = [f"--workdir={tmp_path}/first", "--k=3", "--window=20", "--margin=none"]
@@ -235,7 +236,7 @@ def test_command_mines_on_a_workdir_and_training_reads_the_file(data, tmp_path, 
     file, mesh = f"--config.data.negatives={tmp_path}/first/negatives.npz", tiny.one_device()
     _, overrides = config_lib.parse_args(argparse.ArgumentParser(), [w for w in words(data, "W", file) if w.startswith("--config.")])
     config = config_lib.load("configs/sequences.py", overrides)
-    batches = stages.make_batches(config, prepare(config), trained.model.tokens, mesh)
+    batches = stages.make_batches(config, stages.Inputs(prepare(config), trained.model.tokens, trained.model.spec, {}), mesh)
     np.testing.assert_array_equal(batches.negatives, items)
     assert (next(iter(batches)).negatives >= 0).any()
     (tmp_path / "other").mkdir()
@@ -243,7 +244,7 @@ def test_command_mines_on_a_workdir_and_training_reads_the_file(data, tmp_path, 
     (tmp_path / "other" / "events.txt").write_text("\n".join(lines[:-1]) + "\n")
     other = config_lib.load("configs/sequences.py", [*overrides, ("data.path", f"{tmp_path}/other/events.txt")])
     with pytest.raises(RecJaxError, match="was mined on other data"):
-        stages.make_batches(other, prepare(other), trained.model.tokens, mesh)
+        stages.make_batches(other, stages.Inputs(prepare(other), trained.model.tokens, trained.model.spec, {}), mesh)
     with pytest.raises(RecJaxError, match="has no stage 'late'"):
         command.main([*call, "--stage=late"])
     with pytest.raises(RecJaxError, match=r"known events 'all'"):

@@ -11,7 +11,7 @@ import tiny
 
 from rec_jax import mesh as mesh_lib
 from rec_jax.data.pipeline import Batches
-from rec_jax.towers import two_tower
+from rec_jax.towers.batches import encode_batch
 from rec_jax.train import loop, objectives, stages
 from rec_jax.train import optimizer as optimizer_lib
 from rec_jax.train import state as state_lib
@@ -111,7 +111,7 @@ def test_the_queue_is_first_in_first_out_and_momentum_a_running_mean(tmp_path):
     for n in range(5):
         batch = next(iterator)
         before = jax.device_get(state.momentum)
-        out = two_tower.encode_batch(before, task.spec.towers, batch, table=task.constants.table, catalogue=False, keys=None)
+        out = jitted(before, task.spec.towers, batch, table=task.constants.table, catalogue=False, keys=None)
         places = np.maximum(batch.targets, 0)
         keys = np.stack([np.asarray(out.item[g])[places[g]] for g in range(8)])
         ids = np.stack([np.where(batch.weights[g] > 0, batch.item_ids[g][places[g]], -1) for g in range(8)])
@@ -141,7 +141,7 @@ def test_queue_and_uniform_negatives_against_a_naive_sum(tmp_path):
 
     drawn = jax.random.randint(step_lib.fold(jax.random.key(0, impl=state_lib.RNG), "uniform"), (32,), 0, tiny.N_ITEMS)
     table = task.constants.table
-    out = two_tower.encode_batch(task.params, task.spec.towers, batch, table=table, catalogue=True, keys=None)
+    out = jitted(task.params, task.spec.towers, batch, table=table, catalogue=True, keys=None)
     there = batch.weights.reshape(-1) > 0
     query = np.asarray(out.user, np.float64).reshape(-1, 8)[there]
     everything = np.asarray(out.catalogue, np.float64)
@@ -174,6 +174,9 @@ def test_next_items_are_positives_within_their_own_history(tmp_path):
                 assert places[g, place, k] == (place + k if same else -1)
     there = batch.weights > 0
     assert (places[..., 0][there] == np.broadcast_to(np.arange(32), (8, 32))[there]).all()
+
+
+jitted = jax.jit(encode_batch, static_argnames=("spec", "catalogue"))
 
 
 def test_chunks_change_no_gradient(tmp_path):
@@ -308,7 +311,7 @@ def test_mined_negatives_of_the_pipeline_reach_the_loss(tmp_path):
     assert (batch.negatives >= 0).any()
     loss, _ = step_lib.loss_and_metrics(task.params, task.spec, batch, task.constants, None)
 
-    out = two_tower.encode_batch(task.params, task.spec.towers, batch, table=task.constants.table, catalogue=False, keys=None)
+    out = jitted(task.params, task.spec.towers, batch, table=task.constants.table, catalogue=False, keys=None)
     users, items = np.float64(out.user).reshape(-1, 8), np.float64(out.item)
     ids = np.take_along_axis(batch.item_ids, np.maximum(batch.targets, 0), 1)
     there, flat_ids = batch.weights.reshape(-1) > 0, ids.reshape(-1)

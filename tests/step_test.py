@@ -79,9 +79,9 @@ def test_info_nce_against_a_naive_sum(tmp_path):
     task = tiny.task(tiny.config(**changes), tmp_path)
     batch = next(iter(task.batches))
     loss, metrics = step_lib.loss_and_metrics(task.params, task.spec, batch, task.constants, None)
-    from rec_jax.towers import two_tower
+    from rec_jax.towers import batches
 
-    out = two_tower.encode_batch(task.params, task.spec.towers, batch, table=None, catalogue=False, keys=None)
+    out = batches.encode_batch(task.params, task.spec.towers, batch, table=None, catalogue=False, keys=None)
     there = batch.weights.reshape(-1) > 0
     query = np.asarray(out.user, np.float64).reshape(-1, 8)[there]
     item = np.concatenate([np.asarray(out.item[g], np.float64)[batch.targets[g]] for g in range(8)])[there]

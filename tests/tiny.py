@@ -88,18 +88,9 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
     mesh_lib.check_shards(c.batch.shards, mesh)
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())
-    return stages.make_task(
-        c,
-        name,
-        epath.Path(folder),
-        prepared=world,
-        towers=spec,
-        table=None if spec.encode else table(),
-        text_params=text_params,
-        batches=batches,
-        last=last,
-        evaluate=evaluate or (lambda params, *, step: {"valid/ndcg@10": 0.0}),
-    )
+    inputs = stages.Inputs(world, tokens(), spec, text_params, None if spec.encode else table(), last)
+    evaluate = evaluate or (lambda params, *, step: {"valid/ndcg@10": 0.0})
+    return stages.make_task(c, name, epath.Path(folder), inputs, batches, mesh, evaluate)
 
 
 def one_device():

@@ -1,21 +1,31 @@
-"""The final evaluation of a workdir: the model and the baselines on a split, as a table and as `eval/<split>.json`."""
+"""The final evaluation of a workdir: stages and baselines on a split, as tables and as `eval/<split>.json`."""
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
-from rec_jax.data.prepare import Prepared
-from rec_jax.eval import baselines, rankings, report
-from rec_jax.eval.model import Say, Trained, load, read_config
-from rec_jax.types import EvalSet
+from rec_jax import config as config_lib
+from rec_jax.data import vocabulary
+from rec_jax.data.prepare import Prepared, prepare
+from rec_jax.eval import baselines, bootstrap, labelled, logged, rankings, report
+from rec_jax.eval.encoder import Encoder, Say, encoder_of, load_encoder, text_table, text_vectors, trained_text
+from rec_jax.eval.model import load
+from rec_jax.eval.workdir import best_params, read_config
+from rec_jax.types import EvalSet, Ragged
 
 COLUMNS = ("ndcg@10", "hr@10", "ndcg@20", "hr@20", "mrr@10", "coverage@10")
+CLICK_COLUMNS = ("auc", "gauc", "log_loss", "normalized_entropy", "calibration_error")
+TEXTS_TIMED = 512  # texts by which an encoder's speed is measured
+Metrics = dict[str, float]
 
 
-def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split: str, say: Say) -> dict[str, dict[str, float]]:
+def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split: str, say: Say) -> dict[str, Metrics]:
     """Each baseline of `config.eval.baselines` fitted on the train events and ranked like the model -> name -> metrics."""
     train, e, out = prepared.train_histories(), config.eval, {}
     for name in e.baselines:
@@ -29,39 +39,140 @@ def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split:
     return out
 
 
-def stage_metrics(trained: Trained, split: str) -> dict[str, float]:
-    """Metrics of a trained stage on a split, `test/...` with the history's items removed and `test_all/...` with nothing removed."""
-    eval_set = trained.model.prepared.eval_set(split)
-    return trained.model.rank(trained.params, eval_set, name=split, items=trained.items).metrics
+def text_alone(config: Any, table: np.ndarray, eval_set: EvalSet, split: str) -> rankings.Rankings:
+    """Ranks by texts alone: text vectors of the catalogue [N, D_text], centred and of unit length; a user is the mean of the history's."""
+    items = table - table.mean(0)
+    items /= np.maximum(np.linalg.norm(items, axis=1, keepdims=True), 1e-12)
+    users = np.zeros((len(eval_set.users), items.shape[1]), np.float32)
+    for n in range(len(users)):
+        history = eval_set.history[n]
+        if len(history):
+            users[n] = items[history].mean(0)
+    e = config.eval
+    return rankings.evaluate_vectors(
+        users, items.astype(np.float32), eval_set, ks=tuple(e.k), name=split, users_per_block=e.users_per_block
+    )
 
 
-def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> dict[str, dict[str, float]]:
-    """Evaluates the stages of a workdir and the baselines, writes `eval/<split>.json` and says the table -> row name -> metrics.
+def texts_per_second(encoder: Encoder, tokens: Ragged, row_tokens: int) -> float:
+    """How many of the catalogue's texts an encoder takes a second on this machine, packed, once it is compiled; best of three."""
+    some = Ragged.from_rows([tokens[n] for n in range(min(TEXTS_TIMED, len(tokens)))])
+    params, spec = jax.device_put(encoder[0]), encoder[1]
+    text_vectors(some, params, spec, row_tokens)
+    best = np.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        text_vectors(some, params, spec, row_tokens)
+        best = min(best, time.perf_counter() - began)
+    return len(some) / best
+
+
+def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: Say) -> tuple[Metrics, str]:
+    """Measures a stage, writes its figures into its folder -> (metrics, what they are: "ranking", "texts" or "labels")."""
+    config = config_lib.for_stage(whole, stage) if stage else whole
+    folder, prepared = workdir / stage if stage else workdir, prepare(config)
+    if config.batch.kind == "texts":
+        params, _ = best_params(folder)
+        encoder = trained_text(config, params), encoder_of(whole, workdir, stage, prepared)[1]
+        ranked = text_alone(config, _table(config, encoder, prepared, say), prepared.eval_set(split), split)
+    elif config.batch.kind == "impressions":
+        trained = load(workdir, stage, say=say)
+        table = trained.model.table
+        if table is None:
+            table = text_vectors(trained.model.tokens, trained.params["text"], trained.model.spec.text, config.batch.row_tokens)
+        found = labelled.Labelled(trained.model.spec, prepared).measure(trained.params, table, split)
+        if logged.asked(config, prepared, split):
+            policy = config.objectives.policy
+            values = logged.Logged(trained.model.spec, prepared, temperature=policy.temperature, cap=policy.cap)
+            found |= values.measure(trained.params, table, split, say)
+        if stage:
+            report.write_json(folder / "eval" / f"{split}.json", found)
+        return found, "labels"
+    else:
+        trained = load(workdir, stage, say=say)
+        ranked = trained.model.rank(trained.params, prepared.eval_set(split), name=split, items=trained.items)
+    if stage:
+        report.write_json(folder / "eval" / f"{split}.json", ranked.metrics)
+    users = prepared.eval_set(split).users
+    fingerprint = prepared.meta["fingerprint"]
+    for place in {folder, workdir} if stage in (None, whole.stages[-1] if whole.stages else None) else {folder}:
+        bootstrap.write_users(place, split, users, ranked.per_user, fingerprint=fingerprint)
+    return ranked.metrics, "texts" if config.batch.kind == "texts" else "ranking"
+
+
+def _table(config: Any, encoder: Encoder, prepared: Prepared, say: Say) -> np.ndarray:
+    return text_table(config, vocabulary.catalogue_tokens(config, prepared), *encoder, say)
+
+
+def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> dict[str, Metrics]:
+    """Evaluates the stages of a workdir and the baselines, writes `eval/<split>.json` and says the tables -> row name -> metrics.
 
     Each stage's figures are also in its own folder; those at the top are the last stage's, with the baselines' beside them.
 
     Raises:
       RecJaxError: nothing trained there.
     """
-    config, workdir = read_config(workdir), epath.Path(workdir)
-    rows: dict[str, dict[str, float]] = {}
-    trained = None
-    for stage in config.stages or (None,):
-        trained = load(workdir, stage, say=say)
-        rows[stage or "model"] = stage_metrics(trained, split)
-        if stage:
-            report.write_json(workdir / stage / "eval" / f"{split}.json", rows[stage])
-    assert trained is not None
-    model = rows[config.stages[-1] if config.stages else "model"]
-    prepared = trained.model.prepared
-    others = measure_baselines(config, prepared, prepared.eval_set(split), split, say)
-    flat = dict(model)
-    for name, metrics in others.items():
-        flat |= {f"{name}/{metric.removeprefix(split + '/')}": v for metric, v in metrics.items() if metric.startswith(split + "/")}
-        flat |= {f"{name}/{metric}": v for metric, v in metrics.items() if metric.startswith(split + "_all/")}
+    whole, workdir = read_config(workdir), epath.Path(workdir)
+    rows: dict[str, Metrics] = {}
+    clicks: dict[str, Metrics] = {}
+    last: Metrics = {}
+    for stage in whole.stages or (None,):
+        last, kind = _stage(workdir, whole, stage, split, say)
+        if kind == "labels":
+            clicks[stage or "model"] = last
+        else:
+            rows[f"{stage}: texts alone" if kind == "texts" else stage or "model"] = last
+    config = config_lib.for_stage(whole, whole.stages[-1]) if whole.stages else whole
+    prepared, flat = prepare(config), dict(last)
+    if rows:
+        others = measure_baselines(config, prepared, prepared.eval_set(split), split, say)
+        if any(name.endswith(": texts alone") for name in rows):
+            encoder = load_encoder(whole, prepared)
+            others["texts alone"] = text_alone(config, _table(config, encoder, prepared, say), prepared.eval_set(split), split).metrics
+        flat |= _named(others, split)
+        table = {**others, **rows}
+        for title, prefix in ((f"{split}: items of the history removed", split), (f"{split}: nothing removed", f"{split}_all")):
+            shown = {name: {c: m[f"{prefix}/{c}"] for c in COLUMNS if f"{prefix}/{c}" in m} for name, m in table.items()}
+            say(f"\n{title}\n{report.table(shown)}")
+    if clicks:
+        fitted = labelled.baselines(prepared, split, say)
+        flat |= {f"{name}/{metric.removeprefix(split + '/')}": v for name, metrics in fitted.items() for metric, v in metrics.items()}
+        shown = {n: {c: m[f"{split}/{c}"] for c in CLICK_COLUMNS if f"{split}/{c}" in m} for n, m in {**fitted, **clicks}.items()}
+        say(f"\n{split}: labels of impressions\n{report.table(shown, best=False)}")
+        for name, metrics in clicks.items():
+            if valued := logged.table_rows(metrics, split):
+                say(f"\n{split}: {name}, reward per {logged.PER:,} impressions by the log\n{report.table(valued, best=False)}")
     report.write_json(workdir / "eval" / f"{split}.json", flat)
-    table = {**others, **rows}
-    for title, prefix in ((f"{split}: items of the history removed", split), (f"{split}: nothing removed", f"{split}_all")):
-        shown = {name: {c: m[f"{prefix}/{c}"] for c in COLUMNS if f"{prefix}/{c}" in m} for name, m in table.items()}
-        say(f"\n{title}\n{report.table(shown)}")
-    return table
+    return {**rows, **clicks}
+
+
+def _named(others: dict[str, Metrics], split: str) -> Metrics:
+    """The baselines' metrics under their names, those of the first protocol without the split."""
+    out: Metrics = {}
+    for name, metrics in others.items():
+        key = name.replace(" ", "_")
+        out |= {f"{key}/{metric.removeprefix(split + '/')}": v for metric, v in metrics.items() if metric.startswith(split + "/")}
+        out |= {f"{key}/{metric}": v for metric, v in metrics.items() if metric.startswith(split + "_all/")}
+    return out
+
+
+def costs(workdir: epath.PathLike, *, say: Say = print) -> None:
+    """Says what each stage has cost and gained: seconds, parameters, the encoder's speed on this machine, share of the best stage kept."""
+    workdir, whole = epath.Path(workdir), read_config(workdir)
+    rows, speeds, sizes = {}, {}, {}
+    for stage in whole.stages:
+        config = config_lib.for_stage(whole, stage)
+        prepared, kept = prepare(config), json.loads((workdir / stage / "stage.json").read_text())
+        encoder = encoder_of(whole, workdir, stage, prepared)
+        if encoder[1] not in speeds:
+            tokens = vocabulary.catalogue_tokens(config, prepared)
+            speeds[encoder[1]] = texts_per_second(encoder, tokens, config.batch.row_tokens)
+            sizes[encoder[1]] = sum(int(np.size(x)) for x in jax.tree.leaves(encoder[0]))
+        figures = json.loads((workdir / stage / "eval" / "test.json").read_text())
+        rows[stage] = {
+            "minutes": kept["cost"]["seconds"] / 60,
+            "trained (million)": kept["cost"]["parameters"] / 1e6,
+            "encoder (million)": sizes[encoder[1]] / 1e6,
+            "texts/s": speeds[encoder[1]],
+        } | {name: figures[f"test/{name}"] for name in ("ndcg@10", "hr@10", "auc") if f"test/{name}" in figures}
+    say(f"\nwhat each stage cost, and what it left\n{report.table(rows, best=False)}")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,71 +12,14 @@ import numpy as np
 from etils import epath
 
 from rec_jax import config as config_lib
-from rec_jax import mesh as mesh_lib
 from rec_jax import processes, towers
-from rec_jax.checkpoint import Checkpoints
-from rec_jax.data import draft, packing, text
+from rec_jax.data import draft, packing, vocabulary
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
-from rec_jax.towers import two_tower
+from rec_jax.eval.encoder import Encoder, Say, encoder_of, text_blocks, text_table, text_vectors
+from rec_jax.eval.workdir import best_params, read_config
+from rec_jax.towers import interactions, two_tower
 from rec_jax.types import EvalSet, Params, Ragged, RecJaxError
-
-BLOCK_TOKENS = 4096  # tokens of one forward pass over packed texts
-Say = Callable[[str], None]
-
-
-def load_encoder(config: Any) -> tuple[Params, towers.BertSpec]:
-    """The pretrained text encoder that the config names -> (params, spec)."""
-    return towers.load_hf(config.towers.text.path)
-
-
-def text_blocks(tokens: Ragged, row_tokens: int) -> Any:
-    """The catalogue's texts in packed blocks of about BLOCK_TOKENS tokens."""
-    return packing.pack_texts(tokens, rows=max(1, BLOCK_TOKENS // row_tokens), row_tokens=row_tokens)
-
-
-def text_vectors(tokens: Ragged, text_params: Params, spec: towers.BertSpec, row_tokens: int, *, shared: bool = False) -> np.ndarray:
-    """Texts [N] -> their vectors [N, D_text]; where it is `shared`, each process encodes its part, and all have the whole."""
-    index, count = processes.place_of() if shared else (0, 1)
-    blocks = itertools.islice(text_blocks(tokens, row_tokens), index, None, count)
-    mine = two_tower.encode_blocks(text_params, spec, blocks, len(tokens))
-    return processes.total(mine) if shared else mine
-
-
-def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.BertSpec, say: Say, *, shared: bool = False) -> np.ndarray:
-    """Text vectors of the catalogue [N, D_text], made once for these texts, weights and settings, and kept in the cache.
-
-    Args:
-      config: where the cache is, and the row length.
-      tokens: of each item.
-      text_params, spec: the encoder; pooling and compute dtype are the spec's.
-      say: told whether they are made or found.
-      shared: every process of the run calls this at the same place, and each encodes its part.
-
-    Raises:
-      RecJaxError: the kept file has another shape than its name says.
-    """
-    digest = hashlib.sha256(json.dumps([spec.pooling, spec.dtype, spec.normalize, config.batch.row_tokens, 1]).encode())
-    digest.update(np.ascontiguousarray(tokens.flat).tobytes() + tokens.offsets.tobytes())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(text_params):
-        digest.update(mesh_lib.path_name(path).encode() + np.asarray(leaf).tobytes())
-    file = config_lib.cache_dir(config) / f"text-vectors-{digest.hexdigest()[:16]}.npy"
-    if all(processes.gather(file.exists())) if shared else file.exists():
-        with file.open("rb") as f:
-            table = np.load(f, allow_pickle=False)
-        if table.shape != (len(tokens), spec.width):
-            raise RecJaxError(f"{file} has shape {table.shape}, expected {(len(tokens), spec.width)}; remove it")
-        say(f"text vectors: found {file}")
-        return table
-    table = text_vectors(tokens, text_params, spec, config.batch.row_tokens, shared=shared)
-    if jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.parent / f"{file.name}.{os.getpid()}.tmp"
-        with temporary.open("wb") as f:
-            np.save(f, table)
-        temporary.replace(file)
-    say(f"text vectors: {len(tokens):,} texts encoded, kept at {file}")
-    return table
 
 
 class Model:
@@ -110,6 +50,8 @@ class Model:
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
         self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
+        head = spec.task
+        self._scores = None if head is None else jax.jit(lambda p, u, v: interactions.score_all(p["task"], head, u, v))
         self._text_users = jax.jit(
             lambda p, t, s: two_tower.text_item_vectors(
                 p, spec, two_tower.packed_text_vectors(p["text"], spec.text, t, s, texts_per_row=spec.texts_per_row)
@@ -124,15 +66,17 @@ class Model:
         """
         if step is not None and self.validated is not None and self.validated[0] == step:
             return self.validated[1]
-        table = self.table
+        params, table = two_tower.merged(params, self.spec), self.table
         if self.spec.encode and (step != 0 or table is None):
             table = text_vectors(self.tokens, params["text"], self.spec.text, self.config.batch.row_tokens, shared=self.shared)
         return np.asarray(self._items(params, table))
 
     def user_vectors(self, params: Params, items: np.ndarray, histories: Ragged) -> np.ndarray:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count."""
+        if self.spec.user == "id":
+            raise RecJaxError("config.towers.user.kind='id' has vectors of users, not of histories: it is measured on impressions")
         if self.spec.history is None:
-            return self._written_out(params, histories)
+            return self._written_out(two_tower.merged(params, self.spec), histories)
         size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
         out = np.zeros((len(histories), self.spec.dim), np.float32)
         for first in self._parts(range(0, len(histories), block)):
@@ -162,11 +106,25 @@ class Model:
     def rank(self, params: Params, eval_set: EvalSet, *, name: str, items: np.ndarray | None = None) -> rankings.Rankings:
         """Ranks an evaluation set over the whole catalogue; `items` are `item_vectors`, where they are there already."""
         items = self.item_vectors(params) if items is None else items
-        users = self.user_vectors(params, items, eval_set.history)
         e = self.config.eval
+        if e.rank_by == "task":
+            return self._rank_by_task(params, eval_set, name, items)
+        users = self.user_vectors(params, items, eval_set.history)
         return rankings.evaluate_vectors(
             users, items, eval_set, ks=tuple(e.k), name=name, users_per_block=e.users_per_block, items_per_block=e.items_per_block
         )
+
+    def _rank_by_task(self, params: Params, eval_set: EvalSet, name: str, items: np.ndarray) -> rankings.Rankings:
+        e, scores = self.config.eval, self._scores
+        assert scores is not None  # eval.rank_by='task' gives the towers a head
+
+        def scorer(histories: Ragged) -> np.ndarray:
+            users = self.user_vectors(params, items, histories)
+            filled = np.zeros((e.users_per_block, users.shape[1]), np.float32)
+            filled[: len(users)] = users
+            return np.asarray(scores(params, filled, items))[: len(users)]
+
+        return rankings.evaluate_scores(scorer, eval_set, ks=tuple(e.k), name=name, users_per_block=e.users_per_block)
 
     def validate(self, params: Params, *, step: int) -> dict[str, float]:
         """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""
@@ -185,14 +143,27 @@ class Model:
 
 def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:
     """The towers that a stage's config describes, on this data and with this encoder."""
-    return two_tower.make_spec(config.towers, bert, texts_per_row=packing.texts_per_row(config.batch.row_tokens), n_items=prepared.n_items)
+    tasks = int(config.objectives.task.weight > 0 or config.eval.rank_by == "task")
+    context: tuple[int, ...] = ()
+    if config.batch.kind == "impressions":
+        impressions = prepared.impressions("train")
+        tasks, context = len(impressions.tasks), impressions.sizes
+    return two_tower.make_spec(
+        config.towers,
+        bert,
+        texts_per_row=packing.texts_per_row(config.batch.row_tokens),
+        n_items=prepared.n_items,
+        n_users=prepared.n_users,
+        tasks=tasks,
+        context=context,
+    )
 
 
 def make_model(
     config: Any,
     prepared: Prepared,
     tokens: Ragged,
-    bert: tuple[Params, towers.BertSpec],
+    bert: Encoder,
     say: Say,
     *,
     candidates: bool = False,
@@ -206,47 +177,6 @@ def make_model(
     spec = towers_of(config, prepared, bert[1])
     table = text_table(config, tokens, bert[0], spec.text, say, shared=shared) if candidates or not spec.encode else None
     return Model(config, prepared, tokens, spec, table, shared=shared)
-
-
-def read_config(workdir: epath.PathLike) -> Any:
-    """The config that a workdir keeps.
-
-    Raises:
-      RecJaxError: no such workdir.
-    """
-    file = epath.Path(workdir) / "config.json"
-    if not file.exists():
-        raise RecJaxError(
-            f"{workdir} is no workdir: it has no config.json; train first: python -m rec_jax.train --config=... --workdir={workdir}"
-        )
-    return config_lib.from_json(file.read_text())
-
-
-def best_params(folder: epath.PathLike) -> tuple[Params, int]:
-    """Parameters of the best checkpoint of a stage folder, on the host, and its step.
-
-    Raises:
-      RecJaxError: no checkpoint there.
-    """
-    checkpoints = Checkpoints(epath.Path(folder) / "checkpoints", read_only=True)
-    try:
-        latest = checkpoints.latest_step()
-        if latest is None:
-            raise RecJaxError(f"no whole checkpoint at {checkpoints.folder}")
-        best = checkpoints.place(latest)["progress"]["best_step"]
-        best = latest if best is None else best
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like: dict[str, Any] = {}
-        for name, (shape, dtype) in checkpoints.arrays(best).items():
-            if name.startswith("params/"):
-                node = like
-                *parents, last = name.split("/")
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return jax.device_get(checkpoints.restore(best, like, part=True)["params"]), best
-    finally:
-        checkpoints.close()
 
 
 def item_vectors(folder: epath.PathLike, step: int, model: Model, params: Params) -> np.ndarray:
@@ -283,30 +213,24 @@ class Trained:
     items: np.ndarray
 
 
-def _encoder_of(whole: Any, workdir: epath.Path, name: str | None) -> tuple[Params, towers.BertSpec]:
-    """The encoder that a stage begins with: that of the last stage before it that trained one, else the pretrained one."""
-    pretrained = load_encoder(whole)
-    before = whole.stages[: whole.stages.index(name)] if name else ()
-    for stage in reversed(before):
-        if config_lib.for_stage(whole, stage).towers.text.source == "tokens":
-            return best_params(workdir / stage)[0]["text"], pretrained[1]
-    return pretrained
-
-
 def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print) -> Trained:
     """The trained model of a workdir: the best checkpoint of a stage, the last one by default.
 
     Raises:
-      RecJaxError: no workdir, an unknown stage, or nothing trained in it yet.
+      RecJaxError: no workdir, an unknown stage, one that trained no towers, or nothing trained in it yet.
     """
     whole = read_config(workdir)
     name = stage or (whole.stages[-1] if whole.stages else None)
     if name is not None and name not in whole.stages:
         raise RecJaxError(f"{workdir} has no stage {name!r}; it has {', '.join(whole.stages) or 'none'}")
     config = config_lib.for_stage(whole, name) if name else whole
+    if config.batch.kind == "texts":
+        raise RecJaxError(f"stage {name!r} of {workdir} trained an encoder on texts, and no towers: name a later stage")
     folder = epath.Path(workdir) / name if name else epath.Path(workdir)
     params, step = best_params(folder)
     prepared = prepare(config)
-    encoder = _encoder_of(whole, epath.Path(workdir), name)
-    model = make_model(config, prepared, text.catalogue_tokens(config, prepared), encoder, say)
-    return Trained(model, params, step, item_vectors(folder, step, model, params))
+    encoder = encoder_of(whole, epath.Path(workdir), name, prepared)
+    model = make_model(config, prepared, vocabulary.catalogue_tokens(config, prepared), encoder, say)
+    params = two_tower.merged(params, model.spec)
+    items = item_vectors(folder, step, model, params)
+    return Trained(model, params, step, items)

@@ -1,7 +1,8 @@
-"""python -m rec_jax.train --config=configs/x.py[:preset] --workdir=DIR [--config.a.b=value ...]
+"""python -m rec_jax.train --config=configs/x.py[:preset] --workdir=DIR [--stages=A,B] [--config.a.b=value ...]
 
-Prepares the data where needed, trains each stage, evaluates on the test split, prints the table and sample recommendations.
-The same command goes on where it was stopped.
+Prepares the data where needed, trains each stage from what the ones before have left, evaluates on the test split, prints the tables and
+sample recommendations. The same command goes on where it was stopped, and does nothing again that is done. --stages runs a part: of
+these stages, those whose config or inputs have changed are run again.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
 from rec_jax import processes
 from rec_jax.cli import main_of
-from rec_jax.data import text
+from rec_jax.data import corpus, text, text_batches, vocabulary
+from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
-from rec_jax.eval import final
+from rec_jax.eval import encoder as encoder_lib
+from rec_jax.eval import final, labelled
 from rec_jax.eval import model as model_lib
+from rec_jax.eval.teacher import teacher_of
+from rec_jax.eval.workdir import best_params
 from rec_jax.serve.recommend import Recommender, as_text
-from rec_jax.train import loop, objectives, plan, stages
+from rec_jax.towers import save_hf, two_tower
+from rec_jax.towers.student import shrink
+from rec_jax.train import chain, held_out, loop, objectives, plan, stages
 from rec_jax.train.log import duration
-from rec_jax.types import Params, Ragged
+from rec_jax.types import Params, Ragged, RecJaxError
 
 
 class _Clock:
@@ -49,13 +56,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rec_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config(arg), and a preset after a colon")
     parser.add_argument("--workdir", required=True, help="a folder; the same one resumes")
+    parser.add_argument("--stages", help="names with commas between them: of the config's stages, those to run, also again; default: all")
     args, overrides = config_lib.parse_args(parser, argv)
     config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
     mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)  # bad ones are said before anything else is done
+    chosen = None if args.stages is None else [name.strip() for name in args.stages.split(",") if name.strip()]
+    on_disk = chain.Stages(workdir, config.stages, chosen)
     processes.start()
     with processes.together():
         try:
-            _run(config, workdir, mesh_lib.make_mesh({a: config.mesh[a] for a in mesh_lib.AXES}))
+            run = _Run(config, workdir, mesh_lib.make_mesh({a: config.mesh[a] for a in mesh_lib.AXES}), on_disk)
+            run.all_stages()
+            run.report()
         except loop.Interrupted:  # in all processes, after the same step
             if jax.process_index() == 0:
                 raise
@@ -63,96 +75,190 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
+class _Run:
     """The whole job, in each process of the run."""
-    clock = _Clock(jax.process_index() == 0)
-    stages.keep_config(config, workdir)
-    clock.part("data")
-    prepared = prepare(config)
-    clock.say(f"  {prepared.n_users:,} users, {prepared.n_items:,} items, {prepared.meta['events']:,} events at {prepared.folder}")
-    tokens = processes.first(lambda: text.catalogue_tokens(config, prepared))
-    bert = model_lib.load_encoder(config)
-    for name in config.stages or ("",):
-        stage = config_lib.for_stage(config, name) if name else config
-        stages.check(stage, model_lib.towers_of(stage, prepared, bert[1]), bert[0], mesh)
-    speed = plan.machine_speed()
-    several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    clock.say(f"  {jax.device_count()} x {jax.devices()[0].device_kind}{several}, {speed / 1e9:,.0f} GFLOP/s in a large fp32 matmul")
 
-    last: Params | None = None
-    for name in config.stages or ("",):
-        stage = config_lib.for_stage(config, name) if name else config
-        folder = workdir / name if name else workdir
-        last = _stage(stage, name, folder, prepared, tokens, bert, last, mesh, speed, clock)
-        bert = (last.get("text", bert[0]), bert[1])  # an encoder that a stage trained is the next stages'
+    def __init__(self, config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, on_disk: chain.Stages):
+        self.config, self.workdir, self.mesh, self.on_disk = config, workdir, mesh, on_disk
+        self.clock = _Clock(jax.process_index() == 0)
+        if config.stages:
+            chain.write_config(config, workdir)
+        else:
+            chain.keep_config(config, workdir)
+        self.clock.part("data")
+        self.prepared: Prepared = prepare(config)
+        counts = self.prepared
+        self.clock.say(f"  {counts.n_users:,} users, {counts.n_items:,} items, {counts.meta['events']:,} events at {counts.folder}")
+        self.tokens: Ragged = processes.first(lambda: vocabulary.catalogue_tokens(config, self.prepared))
+        self.encoder = encoder_lib.load_encoder(config, self.prepared)
+        self.last: Params | None = None
+        for name in config.stages or ("",):
+            self._check(self._config_of(name), name)
+        self.speed = plan.machine_speed()
+        several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        kind = jax.devices()[0].device_kind
+        self.clock.say(f"  {jax.device_count()} x {kind}{several}, {self.speed / 1e9:,.0f} GFLOP/s in a large fp32 matmul")
 
-    processes.at("the end: process 0 tests alone")
-    if jax.process_index() == 0:
-        ease = "ease" in config.eval.baselines and prepared.n_items <= config.eval.ease_max_items
-        expected = 10 + plan.test_flops(prepared.n_items, ease=ease) / speed / plan.STEP_SHARE
+    def _config_of(self, name: str) -> Any:
+        return config_lib.for_stage(self.config, name) if name else self.config
+
+    def _check(self, config: Any, name: str) -> None:
+        """Finds out before any stage runs what can be wrong with this one."""
+        student = _sizes_of_student(config, self.encoder)
+        towers = model_lib.towers_of(config, self.prepared, student[1])
+        made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
+        teacher = None
+        if any(o.teacher for o in made):
+            if not config.teacher.path and name == (self.config.stages or ("",))[0]:
+                raise RecJaxError(f"stage {name!r} asks for a teacher, and none comes before it: set config.teacher.path")
+            teacher = model_lib.towers_of(config, self.prepared, self.encoder[1])
+            teacher = two_tower.with_encoder(teacher, config.teacher.source == "online")
+        stages.check(config, towers, student[0], self.mesh, teacher=teacher, labels=self._labels(config))
+
+    def _labels(self, config: Any) -> int:
+        return len(self.prepared.impressions("train").tasks) if config.batch.kind == "impressions" else 0
+
+    def all_stages(self) -> None:
+        """Each stage of the config, in order."""
+        mark, names = self.prepared.meta["fingerprint"], list(self.config.stages or ("",))
+        for n, name in enumerate(names):
+            config, folder = self._config_of(name), self.workdir / name if name else self.workdir
+            before = names[n - 1] if n else None
+            mark = chain.fingerprint(config, mark)
+            title = name or "model"
+            if name and not self.on_disk.begin(name, config, mark):
+                self.clock.part(f"{title}: done before, from the same config and inputs")
+                self.encoder = encoder_lib.student_of(config, self.encoder, self.prepared)
+                self._follow(config, best_params(folder)[0])
+                continue
+            processes.barrier(f"{title} begins")
+            began = time.perf_counter()
+            self.encoder = encoder_lib.student_of(config, self.encoder, self.prepared)
+            task = self._task(config, name, folder, before)
+            loop.train(task, self.mesh)
+            processes.barrier("trained")  # the last checkpoint is whole
+            params, step = best_params(folder)
+            self._keep(config, folder, params, step)
+            self._follow(config, params)
+            if name:
+                size = float(sum(int(np.size(x)) for x in jax.tree.leaves(task.params)))
+                self.on_disk.done(name, mark, {"seconds": time.perf_counter() - began, "parameters": size, "steps": float(task.loop.total)})
+
+    def _follow(self, config: Any, params: Params) -> None:
+        """What a stage has trained is what the next ones start from."""
+        if config.towers.text.source == "tokens":
+            self.encoder = encoder_lib.trained_text(config, params), self.encoder[1]
+        self.last = {**(self.last or {}), **{k: v for k, v in params.items() if k not in ("text", "lora")}}
+
+    def _keep(self, config: Any, folder: epath.Path, params: Params, step: int) -> None:
+        """Catalogue vectors of the best step, or a stage's encoder as a Hugging Face folder."""
+        if config.batch.kind == "texts":
+            if jax.process_index() == 0:
+                spec = model_lib.towers_of(config, self.prepared, self.encoder[1]).text
+                tokenizer = vocabulary.tokenizer_of(config, self.prepared)
+                save_hf(encoder_lib.trained_text(config, params), spec, folder / "encoder", tokenizer=tokenizer)
+                self.clock.say(f"  the encoder as a Hugging Face folder: {folder / 'encoder'}")
+            return
+        if config.batch.kind == "impressions" or self.model is None or self.model.validated is None:
+            return  # trained before: its vectors are kept already, or are made when they are asked for
+        model_lib.keep_item_vectors(folder, step, self.model.item_vectors(params, step=step))
+
+    def _task(self, config: Any, name: str, folder: epath.Path, before: str | None) -> loop.Task:
+        """A stage, ready to be trained."""
+        title, prepared, clock = name or "model", self.prepared, self.clock
+        made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
+        self.model: model_lib.Model | None = None
+        if config.batch.kind == "texts":
+            return self._text_task(config, name, folder)
+        row = config.batch.row_tokens
+        encoding = (
+            plan.text_flops(self.encoder[1], int(self.tokens.lengths().sum()), row_tokens=row, train=False) / self.speed / plan.TEXT_SHARE
+        )
+        clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
+        table = any(o.table for o in made)
+        self.model = model = model_lib.make_model(config, prepared, self.tokens, self.encoder, clock.say, candidates=table, shared=True)
+        taught = teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
+        inputs = stages.Inputs(prepared, self.tokens, model.spec, self.encoder[0], model.table, self.last, *taught)
+        batches = stages.make_batches(config, inputs, self.mesh)
+        evaluate: loop.Evaluate = model.validate
+        if config.batch.kind == "impressions":
+            measured = labelled.Labelled(model.spec, prepared)
+
+            def evaluate(params: Params, *, step: int) -> dict[str, float]:
+                texts = model.table
+                if texts is None:
+                    texts = encoder_lib.text_vectors(self.tokens, params["text"], model.spec.text, row)
+                return measured.measure(params, texts, "valid")
+
+        task = stages.make_task(config, name, folder, inputs, batches, self.mesh, evaluate)
+        flops = plan.step_flops(task.spec, batches.spec, n_items=prepared.n_items)
+        share = plan.TEXT_SHARE if model.spec.encode else plan.STEP_SHARE
+        again = encoding * task.loop.total / task.loop.eval_every if model.spec.encode else 0
+        self._announce(title, task, task.loop.total * flops / self.speed / share + again)
+        return task
+
+    def _text_task(self, config: Any, name: str, folder: epath.Path) -> loop.Task:
+        """A stage that trains the encoder on texts alone."""
+        texts = vocabulary.corpus_of(config, self.prepared)
+        tokenizer = processes.first(lambda: vocabulary.tokenizer_of(config, self.prepared))
+        tokens = processes.first(lambda: texts.tokens(tokenizer, config.data.text.max_tokens))
+        train, kept = corpus.split(tokens, share=config.data.corpus.held_out, seed=config.seed)
+        o = config.objectives
+        masking = Masking(o.mlm.rate, whole_words=o.mlm.whole_words) if o.mlm.weight > 0 else None
+        deletion = Deletion(o.denoise.rate) if o.denoise.weight > 0 else None
+        corruption = Corruption(vocabulary.words_of(text.load_tokenizer(tokenizer)), masking, deletion)
+        towers = model_lib.towers_of(config, self.prepared, self.encoder[1])
+        inputs = stages.Inputs(
+            self.prepared, self.tokens, towers, self.encoder[0], last=self.last, corpus=(tokens, train, kept), corruption=corruption
+        )
+        spec = stages.step_of(config, inputs)
+        make = lambda: text_batches.held_out_batches(tokens, kept, stages.batch_spec(config), seed=config.seed, corruption=corruption)
+        batches = stages.make_batches(config, inputs, self.mesh)
+        task = stages.make_task(config, name, folder, inputs, batches, self.mesh, held_out.HeldOut(spec, stages.no_constants(), make))
+        self.clock.say(f"  {len(train):,} texts to train on, {len(kept):,} held out, {int(tokens.lengths().sum()):,} tokens")
+        flops = plan.text_step_flops(task.spec, batches.spec)
+        self._announce(name or "model", task, task.loop.total * flops / self.speed / plan.TEXT_SHARE)
+        return task
+
+    def _announce(self, title: str, task: loop.Task, expected: float) -> None:
+        parameters = sum(int(np.size(x)) for x in jax.tree.leaves(task.params))
+        self.clock.part(f"{title}: {task.loop.total} steps, {parameters:,} parameters, validation", expected)
+
+    def report(self) -> None:
+        """Test figures, costs and examples; process 0's work alone."""
+        processes.at("the end: process 0 tests alone")
+        if jax.process_index() != 0:
+            return
+        config, clock, workdir = self.config, self.clock, self.workdir
+        ease = "ease" in config.eval.baselines and self.prepared.n_items <= config.eval.ease_max_items
+        expected = 10 + plan.test_flops(self.prepared.n_items, ease=ease) / self.speed / plan.STEP_SHARE
         clock.part("test: the model and its baselines, every user against the whole catalogue", expected)
         final.run(workdir, say=clock.say)
-        _examples(config, workdir, clock)
+        if config.stages:
+            final.costs(workdir, say=clock.say)
+        self._examples()
         clock.part("done")
         curves = [str((workdir / name if name else workdir) / "metrics.jsonl") for name in config.stages or ("",)]
         clock.say(f"  figures {workdir / 'eval' / 'test.json'}, curves {', '.join(curves)}")
-        clock.say(f'  recommend: python -m rec_jax.serve recommend --model={workdir} --history="TITLE" --k=10')
+        if self._config_of((config.stages or ("",))[-1]).batch.kind == "histories":
+            clock.say(f'  recommend: python -m rec_jax.serve recommend --model={workdir} --history="TITLE" --k=10')
+
+    def _examples(self) -> None:
+        if not self.config.eval.examples:
+            return
+        recommender = Recommender(model_lib.load(self.workdir, say=lambda _: None))
+        for history in self.config.eval.examples:
+            self.clock.say("\n" + as_text(history, recommender.recommend(history, k=10)))
+        self.clock.say("")
 
 
-def _stage(
-    config: Any,
-    name: str,
-    folder: epath.Path,
-    prepared: Prepared,
-    tokens: Ragged,
-    bert: Any,
-    last: Params | None,
-    mesh: jax.sharding.Mesh,
-    speed: float,
-    clock: _Clock,
-) -> Params:
-    """Trains one stage -> parameters of its best checkpoint."""
-    if name:
-        stages.keep_config(config, folder)
-    catalogue = any(o.table for o in objectives.make_objectives(config.objectives.to_dict()))
-    encoding = (
-        plan.text_flops(bert[1], int(tokens.lengths().sum()), row_tokens=config.batch.row_tokens, train=False) / speed / plan.TEXT_SHARE
-    )
-    clock.part(f"{name or 'model'}: text vectors, if they are not kept yet", encoding)
-    model = model_lib.make_model(config, prepared, tokens, bert, clock.say, candidates=catalogue, shared=True)
-    batches = stages.make_batches(config, prepared, tokens, mesh)
-    task = stages.make_task(
-        config,
-        name,
-        folder,
-        prepared=prepared,
-        towers=model.spec,
-        table=model.table,
-        text_params=bert[0],
-        batches=batches,
-        last=last,
-        evaluate=model.validate,
-    )
-    flops = plan.step_flops(task.spec, batches.spec, n_items=prepared.n_items)
-    parameters = sum(int(np.size(x)) for x in jax.tree.leaves(task.params))
-    share = plan.TEXT_SHARE if model.spec.encode else plan.STEP_SHARE
-    expected = task.loop.total * flops / speed / share + (encoding * task.loop.total / task.loop.eval_every if model.spec.encode else 0)
-    clock.part(f"{name or 'model'}: {task.loop.total} steps, {parameters:,} parameters, validation", expected)
-    loop.train(task, mesh)
-    processes.barrier("trained")  # the last checkpoint is whole
-    params, step = model_lib.best_params(folder)
-    if model.validated is not None:  # else it was trained before, and its vectors are kept already or are made when they are asked for
-        model_lib.keep_item_vectors(folder, step, model.item_vectors(params, step=step))
-    return params
-
-
-def _examples(config: Any, workdir: epath.Path, clock: _Clock) -> None:
-    if not config.eval.examples:
-        return
-    recommender = Recommender(model_lib.load(workdir, say=lambda _: None))
-    for history in config.eval.examples:
-        clock.say("\n" + as_text(history, recommender.recommend(history, k=10)))
-    clock.say("")
+def _sizes_of_student(config: Any, encoder: encoder_lib.Encoder) -> encoder_lib.Encoder:
+    """An encoder of the sizes that a stage's student has, for checks: its weights are made when the stage begins."""
+    t, (params, spec) = config.towers.text, encoder
+    if not stages.is_student(config):
+        return encoder
+    layers = 0 if t.static else spec.layers if t.layers < 0 else t.layers
+    return shrink(params, spec, layers=layers, width=t.width, key=jax.random.key(0))
 
 
 if __name__ == "__main__":

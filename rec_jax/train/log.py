@@ -154,7 +154,8 @@ class Display:
 
     def pause(self, seconds: float) -> None:
         """Time that was not training (evaluation): it counts in no rate."""
-        self._paused += seconds
+        if self._began is not None:
+            self._paused += seconds
 
     def close(self) -> None:
         """Ends the bar."""

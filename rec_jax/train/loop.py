@@ -21,8 +21,9 @@ from rec_jax.checkpoint import Checkpoints
 from rec_jax.data.pipeline import Batches, prefetched
 from rec_jax.train import optimizer as optimizer_lib
 from rec_jax.train import state as state_lib
+from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.log import Display, MetricsLog, check_finite
-from rec_jax.train.step import Constants, StepSpec, make_train_step
+from rec_jax.train.step import make_train_step
 from rec_jax.types import RecJaxError
 
 
@@ -44,6 +45,7 @@ class LoopSpec:
     patience: int
     prefetch: int
     seed: int
+    goal: str = "max"  # what better means of the monitored metric: "max" or "min"
 
 
 @dataclasses.dataclass
@@ -295,7 +297,7 @@ class _Run:
         if loop.monitor not in metrics:
             raise RecJaxError(f"config.train.monitor={loop.monitor!r} is not measured; there are {', '.join(sorted(metrics))}")
         value = metrics[loop.monitor]
-        better = progress.best is None or value > progress.best
+        better = progress.best is None or (value < progress.best if loop.goal == "min" else value > progress.best)
         if better:
             progress.best, progress.best_step, progress.bad_evals = value, step, 0
         else:

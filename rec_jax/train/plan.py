@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.pipeline import BatchSpec
 from rec_jax.towers.bert import BertSpec
-from rec_jax.train.step import StepSpec
+from rec_jax.train.forwards import StepSpec
 
 # Shares of a large matmul's speed that the parts reach: measured with the main job on 2 CPU cores. Estimates for a person, no promise.
 TEXT_SHARE = 0.6  # encoding texts
@@ -54,7 +54,9 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
     if towers.encode:
         tokens = shards * batch.text_rows * batch.row_tokens
         total += passes * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False)
-    if towers.history is None:
+    if towers.user == "id":
+        pass
+    elif towers.history is None:
         tokens = shards * batch.user_rows * batch.row_tokens
         total += 3.0 * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False) + 3.0 * queries * head
     else:
@@ -63,6 +65,17 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
     total += passes * shards * batch.items * head + (3.0 * n_items * head if catalogue else 0.0)
     candidates = n_items if catalogue else queries + max(o.queue + o.uniform for o in spec.objectives)
     return total + 6.0 * queries * candidates * towers.dim
+
+
+def text_step_flops(spec: StepSpec, batch: BatchSpec) -> float:
+    """FLOP of one train step on texts alone: a pass for each view, and the vocabulary's softmax at the hidden words or at all of them."""
+    text, tokens = spec.towers.text, batch.shards * batch.text_rows * batch.row_tokens
+    total = 0.0
+    for o in spec.objectives:
+        total += (2 if o.views else 1) * text_flops(text, tokens, row_tokens=batch.row_tokens, train=True)
+        words = tokens * (o.spec.rate if o.masked else 1.0) if o.masked or o.denoised else 0.0
+        total += 6.0 * words * text.vocab_size * text.width
+    return total
 
 
 def test_flops(n_items: int, *, ease: bool) -> float:

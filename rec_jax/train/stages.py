@@ -1,7 +1,8 @@
-"""The stages of a run: each has its folder, starts from the last one's weights, and is left alone once it is done."""
+"""What a stage trains with: its step, batches, parameters and durations, from its config and what the stages before it left."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,123 +12,189 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
 from rec_jax.data import negatives
-from rec_jax.data.pipeline import Batches, BatchSpec
+from rec_jax.data.augment import Corruption
+from rec_jax.data.draft import BatchSpec
+from rec_jax.data.impression_batches import ImpressionBatches, ImpressionSpec
+from rec_jax.data.packing import pack_texts
+from rec_jax.data.pipeline import Batches
 from rec_jax.data.prepare import Prepared
-from rec_jax.towers import two_tower
+from rec_jax.data.text_batches import TextBatches, text_spec
+from rec_jax.towers import heads, pretraining, two_tower
+from rec_jax.towers.dropout import fold
 from rec_jax.train import loop, objectives
+from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.optimizer import OptimizerSpec
-from rec_jax.train.step import Constants, StepSpec, init_scalars, log_frequencies, make_spec
+from rec_jax.train.step import init_scalars, log_frequencies, make_spec
 from rec_jax.types import Params, Ragged, RecJaxError
 
-# Keys that another machine may set otherwise without making it another run: they change no result.
-FREE_KEYS = ("mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items")
+CATALOGUE_ROWS = 512  # packed rows of a block while the whole catalogue is packed
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys, with both values, in which two configs differ beyond FREE_KEYS."""
-    out = []
-    for key in sorted(set(old) | set(new)):
-        name = f"{prefix}{key}"
-        a, b = old.get(key, "nothing"), new.get(key, "nothing")
-        if name in FREE_KEYS or a == b:
-            continue
-        if hasattr(a, "keys") and hasattr(b, "keys"):
-            out += differences(a, b, name + ".")
-        else:
-            out.append(f"config.{name}: {a!r} there, {b!r} now")
-    return out
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a stage is made from, beside its config.
+
+    Attributes:
+      prepared: the data.
+      tokens: of each catalogue item.
+      towers: spec of both towers.
+      text_params: weights of the encoder as the stage finds it.
+      table: text vectors of the catalogue [N, D_text], or None.
+      last: parameters that the stages before have left, or None.
+      teacher: spec of the teacher's towers, or None.
+      teacher_arrays: {"params", "table"} of the teacher, or None.
+      corpus: tokens of the corpus, the rows to train on, the rows held out; only for batches of texts.
+      corruption: what is hidden or deleted in them.
+    """
+
+    prepared: Prepared
+    tokens: Ragged
+    towers: two_tower.TwoTowerSpec
+    text_params: Params
+    table: np.ndarray | None = None
+    last: Params | None = None
+    teacher: two_tower.TwoTowerSpec | None = None
+    teacher_arrays: dict[str, Any] | None = None
+    corpus: tuple[Ragged, np.ndarray, np.ndarray] | None = None
+    corruption: Corruption | None = None
 
 
-def keep_config(config: Any, workdir: epath.Path) -> None:
-    """Writes `config.json`, or checks the one that is there.
+def make_step(
+    config: Any, towers: two_tower.TwoTowerSpec, batch: Any, *, teacher: two_tower.TwoTowerSpec | None = None, labels: int = 0
+) -> StepSpec:
+    """The step that a stage's config describes, on batches of these budgets; `labels` is how many the impressions have.
 
     Raises:
-      RecJaxError: the workdir belongs to another config; names the keys that differ.
+      RecJaxError: an objective that towers, teacher or batches do not fit.
     """
-    file = workdir / "config.json"
-    if file.exists():
-        changed = differences(config_lib.from_json(file.read_text()), config)
-        if changed:
-            raise RecJaxError(f"{workdir} was begun with another config ({'; '.join(changed[:5])}); use another --workdir")
-        return
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(config_lib.to_json(config))
-        temporary.replace(file)
+    made = objectives.make_objectives(config.objectives.to_dict(), labels=labels)
+    chunk, kind = config.batch.chunk_rows, config.batch.kind
+    return make_spec(towers, made, shards=batch.shards, queries=batch.queries, chunk_rows=chunk, kind=kind, teacher=teacher)
 
 
-def check(config: Any, towers: two_tower.TwoTowerSpec, text_params: Params, mesh: jax.sharding.Mesh) -> None:
+def step_of(config: Any, inputs: Inputs) -> StepSpec:
+    """`make_step` on what a stage is made from."""
+    labels = len(inputs.prepared.impressions("train").tasks) if config.batch.kind == "impressions" else 0
+    return make_step(config, inputs.towers, batch_spec(config), teacher=inputs.teacher, labels=labels)
+
+
+def check(
+    config: Any,
+    towers: two_tower.TwoTowerSpec,
+    text_params: Params,
+    mesh: jax.sharding.Mesh,
+    *,
+    teacher: two_tower.TwoTowerSpec | None = None,
+    labels: int = 0,
+) -> None:
     """Finds out, before anything is compiled, whether a stage's batch and parameters fit the mesh.
 
     Raises:
       RecJaxError: shards that the devices do not divide, a parameter without a rule, or one that its rule does not divide.
     """
     mesh_lib.check_shards(config.batch.shards, mesh)
-    learned = init_scalars(make_step(config, towers, BatchSpec.from_config(config)).objectives)
-    shapes = jax.eval_shape(lambda k, t: {**two_tower.init(k, towers, text_params=t), "scalars": learned}, jax.random.key(0), text_params)
+    spec = make_step(config, towers, batch_spec(config), teacher=teacher, labels=labels)
+    shapes = jax.eval_shape(lambda t: fresh(config, spec, t, None), text_params)
     mesh_lib.shardings(shapes, mesh_lib.rules_of(config.mesh.layout, config.mesh.rules), mesh)
 
 
-def make_step(config: Any, towers: two_tower.TwoTowerSpec, batch: BatchSpec) -> StepSpec:
-    """The step that a stage's config describes.
+def batch_spec(config: Any) -> Any:
+    """The budgets of a stage's batches."""
+    if config.batch.kind == "texts":
+        return text_spec(config)
+    if config.batch.kind == "impressions":
+        b = config.batch
+        return ImpressionSpec(b.shards, b.impressions, config.towers.text.source == "tokens", b.text_rows, b.row_tokens)
+    return BatchSpec.from_config(config)
 
-    Raises:
-      RecJaxError: an objective that towers or batches do not fit.
-    """
-    made = objectives.make_objectives(config.objectives.to_dict())
-    return make_spec(towers, made, shards=batch.shards, queries=batch.queries, chunk_rows=config.batch.chunk_rows)
 
-
-def make_batches(config: Any, prepared: Prepared, tokens: Ragged, mesh: jax.sharding.Mesh) -> Batches:
+def make_batches(config: Any, inputs: Inputs, mesh: jax.sharding.Mesh) -> Any:
     """This process's part of the batches that a stage's config describes."""
     mesh_lib.check_shards(config.batch.shards, mesh)
-    shards = mesh_lib.local_shards(config.batch.shards, mesh)
-    spec, mined, file = BatchSpec.from_config(config), None, config.data.negatives
+    shards, spec, prepared = mesh_lib.local_shards(config.batch.shards, mesh), batch_spec(config), inputs.prepared
+    if config.batch.kind == "texts":
+        assert inputs.corpus is not None
+        tokens, rows, _ = inputs.corpus
+        return TextBatches(tokens, rows, spec, seed=config.seed, corruption=inputs.corruption, shards=shards)
+    if config.batch.kind == "impressions":
+        return ImpressionBatches(prepared.impressions("train"), spec, seed=config.seed, texts=inputs.tokens, shards=shards)
+    mined, file = None, config.data.negatives
     if file:
         mined = negatives.read(file, fingerprint=prepared.meta["fingerprint"], users=prepared.n_users, items=prepared.n_items)
     lengths = prepared.train_lengths()
-    return Batches(prepared.source(), lengths, spec, seed=config.seed, texts=tokens, negatives=mined, shards=shards)
+    return Batches(prepared.source(), lengths, spec, seed=config.seed, texts=inputs.tokens, negatives=mined, shards=shards)
 
 
-def make_params(config: Any, spec: StepSpec, *, text_params: Params, table: np.ndarray | None, last: Params | None) -> dict[str, Any]:
-    """Initial parameters of a stage: fresh ones, with those of the last stage laid over them where name and shape agree.
+def fresh(config: Any, spec: StepSpec, text_params: Params, table: np.ndarray | None) -> dict[str, Any]:
+    """Parameters of a stage that begins with nothing but an encoder."""
+    key, text = jax.random.key(config.seed), spec.towers.text
+    if spec.kind == "texts":
+        params: dict[str, Any] = {"text": text_params}
+        for o in spec.objectives:
+            if o.masked:
+                params["mlm"] = pretraining.init_mlm(fold(key, "mlm"), text)
+            if o.denoised:
+                params["denoise"] = pretraining.init_decoder(fold(key, "denoise"), text, layers=o.spec.layers)
+    else:
+        params = two_tower.init(key, spec.towers, text_params=text_params, table=table)
+    return {**params, "scalars": init_scalars(spec.objectives)}
+
+
+def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
+    """Initial parameters of a stage: fresh ones, with those of the stages before laid over them where name and shape agree.
+
+    The encoder's are `inputs.text_params`. A student's item head begins as the linear map that takes its text vectors nearest to its
+    teacher's item vectors, for its text vectors mean something else than the teacher's.
 
     Raises:
-      RecJaxError: the last stage has a parameter of the same name and another shape.
+      RecJaxError: a stage before has a parameter of the same name and another shape, and none of both is a student.
     """
-    key = jax.random.key(config.seed)
-    start = table if config.towers.item.whiten else None
-    params = two_tower.init(key, spec.towers, text_params=text_params, table=start)
-    params["scalars"] = init_scalars(spec.objectives)
-    if last is None:
+    params = fresh(config, spec, inputs.text_params, inputs.table if config.towers.item.whiten else None)
+    if inputs.last is None:
         return params
-    old = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(last)}
+    student = is_student(config)
+    skipped = ("text", "lora") + (("item",) if student else ())
+    old = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(inputs.last)}
 
     def take(path: Any, new: Any) -> Any:
         name = mesh_lib.path_name(path)
-        if name in old and old[name].shape != new.shape:
+        if name not in old or name.partition("/")[0] in skipped:
+            return new
+        if old[name].shape != new.shape:
             raise RecJaxError(f"{name} is {old[name].shape} in the last stage and {new.shape} in this one; the stages must agree on towers")
-        return old.get(name, new)
+        return old[name]
 
-    return jax.tree_util.tree_map_with_path(take, params)
+    params = jax.tree_util.tree_map_with_path(take, params)
+    if student and inputs.teacher is not None and inputs.teacher_arrays is not None and inputs.table is not None and "item" in params:
+        taught, table = inputs.teacher_arrays["params"], inputs.teacher_arrays["table"]
+        if table is not None and inputs.teacher.dim == spec.towers.dim:
+            wanted = two_tower.text_item_vectors(taught, dataclasses.replace(inputs.teacher, normalize=False), table)
+            params["item"] = heads.fitted(params["item"], inputs.table, np.asarray(wanted))
+    return params
+
+
+def is_student(config: Any) -> bool:
+    """Whether a stage's encoder is made smaller than the one it was given."""
+    t = config.towers.text
+    return t.layers >= 0 or t.width > 0 or t.static
+
+
+def packed_catalogue(tokens: Ragged, row_tokens: int, devices: int) -> dict[str, np.ndarray]:
+    """Tokens of each item -> {"tokens", "segments" [R, T], "places" [N]}, in rows that the devices divide."""
+    blocks = list(pack_texts(tokens, rows=CATALOGUE_ROWS, row_tokens=row_tokens))
+    places = np.zeros(len(tokens), np.int32)
+    for n, block in enumerate(blocks):
+        places[block.texts] = block.places + n * CATALOGUE_ROWS * block.per_row
+    rows = np.concatenate([b.tokens for b in blocks]), np.concatenate([b.segment_ids for b in blocks])
+    used = -(-int(np.flatnonzero(np.any(rows[1] > 0, axis=1)).max() + 1) // devices) * devices
+    return {"tokens": rows[0][:used], "segments": rows[1][:used], "places": places}
 
 
 def make_task(
-    config: Any,
-    name: str,
-    folder: epath.Path,
-    *,
-    prepared: Prepared,
-    towers: two_tower.TwoTowerSpec,
-    table: np.ndarray | None,
-    text_params: Params,
-    batches: Batches,
-    last: Params | None,
-    evaluate: loop.Evaluate,
+    config: Any, name: str, folder: epath.Path, inputs: Inputs, batches: Any, mesh: jax.sharding.Mesh, evaluate: loop.Evaluate
 ) -> loop.Task:
     """Everything that a stage trains with, durations turned into steps."""
-    spec = make_step(config, towers, batches.spec)
+    spec = step_of(config, inputs)
     per_step = batches.examples_per_step()
     per_epoch = batches.examples_per_epoch / per_step
     train, opt = config.train, config.optimizer
@@ -151,7 +218,7 @@ def make_task(
         weight_decay=opt.weight_decay,
         no_decay=tuple(opt.no_decay),
         freeze=tuple(opt.freeze),
-        scale=tuple(tuple(pair) for pair in opt.scale),
+        scale=(*(tuple(pair) for pair in opt.scale), *layer_scales(opt.layer_decay, spec.towers.text.layers)),
         clip=opt.clip,
         accumulate=opt.accumulate,
     )
@@ -164,8 +231,36 @@ def make_task(
         patience=train.patience,
         prefetch=train.prefetch,
         seed=config.seed,
+        goal=train.monitor_goal,
     )
-    constants = Constants(table=table, log_q=np.asarray(log_frequencies(prepared.item_counts())))
+    every = config.towers.text.catalogue == "step" and spec.towers.encode and any(o.catalogue for o in spec.objectives)
+    devices = mesh_lib.devices_along(mesh, mesh_lib.BATCH_AXES)
+    constants = Constants(
+        table=inputs.table,
+        log_q=np.asarray(log_frequencies(inputs.prepared.item_counts())),
+        teacher=inputs.teacher_arrays if spec.teacher is not None else None,
+        texts=packed_catalogue(inputs.tokens, config.batch.row_tokens, devices) if every else None,
+    )
     rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
-    params = make_params(config, spec, text_params=text_params, table=table, last=last)
-    return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, last is not None)
+    params = make_params(config, spec, inputs)
+    continues = inputs.last is not None and spec.kind == "users"
+    return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, continues)
+
+
+def no_constants() -> Constants:
+    """What the objectives of texts need: nothing."""
+    return Constants(table=None, log_q=np.zeros(1, np.float32))
+
+
+def layer_scales(decay: float, layers: int) -> tuple[tuple[str, float], ...]:
+    """Learning-rate factors of the encoder's layers: 1 for the last, `decay` times that of the one above for each below; embeddings last.
+
+    Raises:
+      RecJaxError: a decay that is not above 0 and at most 1.
+    """
+    if not 0 < decay <= 1:
+        raise RecJaxError(f"config.optimizer.layer_decay={decay}: must be above 0 and at most 1, which is none")
+    if decay == 1:
+        return ()
+    below = [(rf"text/layer_{n}/.*", decay ** (layers - 1 - n)) for n in range(layers)]
+    return (*below, ("text/embeddings/.*", decay**layers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,56 +14,35 @@ from jax.sharding import Mesh
 from rec_jax.mesh import BATCH_AXES, batch_sharding, replicated
 from rec_jax.towers import two_tower
 from rec_jax.towers.dropout import fold
+from rec_jax.train import forwards
+from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.objectives import Objective, check, ramp_up, target_ids, targets
-from rec_jax.train.state import RNG, QueueSpec, TrainState, follow, push, row_keys
+from rec_jax.train.state import RNG, QueueSpec, TrainState, follow, push
 from rec_jax.types import Array, Batch, Context, Outputs, RecJaxError
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """What a step is made of.
-
-    Attributes:
-      towers: sizes and kinds of both.
-      objectives: the weighted ones.
-      queue: sizes of the queue of item vectors, or None.
-      chunk_rows: packed text rows of a shard that go through the encoder at a time; 0 = all.
-    """
-
-    towers: two_tower.TwoTowerSpec
-    objectives: tuple[Objective, ...]
-    queue: QueueSpec | None = None
-    chunk_rows: int = 0
-
-    @property
-    def momentum(self) -> float:
-        """Decay of the momentum encoder; 0 = none."""
-        return max(o.momentum for o in self.objectives)
-
-
 def make_spec(
-    towers: two_tower.TwoTowerSpec, objectives: tuple[Objective, ...], *, shards: int, queries: int, chunk_rows: int = 0
+    towers: two_tower.TwoTowerSpec,
+    objectives: tuple[Objective, ...],
+    *,
+    shards: int,
+    queries: int,
+    chunk_rows: int = 0,
+    kind: str = "histories",
+    teacher: two_tower.TwoTowerSpec | None = None,
 ) -> StepSpec:
-    """The spec of a step on batches of G shards with Q queries each.
+    """The spec of a step on batches of G shards with Q queries each; `kind` is what they are made of (`config.batch.kind`).
 
     Raises:
-      RecJaxError: an objective that towers or batches do not fit, a negative chunk.
+      RecJaxError: an objective that towers, teacher or batches do not fit, a negative chunk.
     """
     if chunk_rows < 0:
         raise RecJaxError(f"config.batch.chunk_rows={chunk_rows}: must be at least 0, which encodes all rows at once")
-    check(objectives, towers, shards=shards, queries=queries)
+    check(objectives, towers, shards=shards, queries=queries, kind=kind, teacher=teacher)
     longest = max(o.queue for o in objectives)
     queue = QueueSpec(shards, longest // (shards * queries), queries, towers.dim) if longest else None
-    return StepSpec(towers, objectives, queue, chunk_rows)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Constants:
-    """Arrays that a run never changes: text vectors of the catalogue [N, D_text] or None, log sampling frequency [N]."""
-
-    table: Any
-    log_q: Any
+    taught = teacher if any(o.teacher for o in objectives) else None
+    return StepSpec(towers, objectives, queue, chunk_rows, "texts" if kind == "texts" else "users", taught)
 
 
 def init_scalars(objectives: tuple[Objective, ...]) -> dict[str, jax.Array]:
@@ -100,7 +78,7 @@ def loss_and_metrics(
       queue: see `TrainState`.
       mesh: with more than one device along its batch axes, the losses go round them.
     """
-    keys = _momentum_outputs(momentum, spec, batch, constants, _several(mesh)) if momentum is not None else None
+    keys = forwards.momentum_outputs(momentum, spec, batch, constants, _several(mesh)) if momentum is not None else None
     loss, (metrics, _) = _loss(params, spec, batch, constants, key, step, keys, queue, _several(mesh))
     return loss, metrics
 
@@ -108,14 +86,6 @@ def loss_and_metrics(
 def _several(mesh: Mesh | None) -> Mesh | None:
     """The mesh, or None where the batch lies on one device of it."""
     return mesh if mesh is not None and math.prod(mesh.shape[a] for a in BATCH_AXES) > 1 else None
-
-
-def _momentum_outputs(momentum: Any, spec: StepSpec, batch: Batch, constants: Constants, mesh: Mesh | None) -> Outputs:
-    """The momentum encoder's vectors of the batch, without dropout and without gradient."""
-    outputs = two_tower.encode_batch(
-        momentum, spec.towers, batch, table=constants.table, catalogue=False, keys=None, chunk_rows=spec.chunk_rows, mesh=mesh
-    )
-    return jax.lax.stop_gradient(outputs)
 
 
 def _loss(
@@ -130,27 +100,9 @@ def _loss(
     mesh: Mesh | None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Outputs]]:
     """-> (loss, (metrics, outputs)): each forward once, whatever number of objectives asks for it."""
-    shards = batch.item_ids.shape[0]
-    items = batch.item_tokens.shape[1] if batch.item_tokens is not None else 0
-    users = (batch.history if batch.history is not None else batch.user_tokens).shape[1]
-    views, uniform = any(o.views for o in spec.objectives), max(o.uniform for o in spec.objectives)
-    keys = None
-    if key is not None:
-        rows = {"text": items, "user": users} | ({"view": items} if views else {})
-        keys = {name: row_keys(fold(key, name), shards, n) for name, n in rows.items()}
     draw = jax.random.key(0, impl=RNG) if key is None else key
-    outputs = two_tower.encode_batch(
-        params,
-        spec.towers,
-        batch,
-        table=constants.table,
-        catalogue=any(o.catalogue for o in spec.objectives),
-        keys=keys,
-        views=views,
-        drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, len(constants.log_q)) if uniform else None,
-        chunk_rows=spec.chunk_rows,
-        mesh=mesh,
-    )
+    outputs = forwards.outputs(params, spec, batch, constants, key, draw, mesh)
+    taught = forwards.teacher_outputs(spec, batch, constants, outputs.drawn_ids, mesh) if spec.teacher is not None else None
     total, metrics = jnp.zeros(()), dict[str, jax.Array]()
     for objective in spec.objectives:
         context = Context(
@@ -159,6 +111,8 @@ def _loss(
             rng=fold(draw, objective.name),
             queue=queue,
             momentum=momentum,
+            teacher=taught,
+            teacher_scalars=None if taught is None else constants.teacher["params"].get("scalars", {}),
             normalize=spec.towers.normalize,
             mesh=mesh,
             axes=None if mesh is None else BATCH_AXES,
@@ -179,7 +133,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=RNG), state.step)
-        keys = _momentum_outputs(state.momentum, spec, batch, constants, several) if spec.momentum else None
+        keys = forwards.momentum_outputs(state.momentum, spec, batch, constants, several) if spec.momentum else None
         grad = jax.value_and_grad(_loss, has_aux=True)
         (loss, (metrics, outputs)), grads = grad(state.params, spec, batch, constants, key, state.step, keys, state.queue, several)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -16,8 +16,9 @@ from etils import epath
 
 from rec_jax.cli import main_of
 from rec_jax.data import negatives
+from rec_jax.eval.encoder import Say
 from rec_jax.eval.mine import Mined, known_items, mine
-from rec_jax.eval.model import Say, Trained, load
+from rec_jax.eval.model import Trained, load
 from rec_jax.types import Ragged, RecJaxError
 
 EXAMPLES = 3

@@ -28,6 +28,10 @@ class Objective:
       ramp: steps over which its weight rises from 0; 0 = none.
       positives: next items of the history that are positives of a query.
       matryoshka: prefix widths that are trained too.
+      masked, denoised: what the heads of pre-training make of masked and of damaged texts; batches of texts have these.
+      scores: the task head's logits of queries and targets, and of the drawn items.
+      teacher: what the teacher makes of the batch, and of the catalogue where the objective needs that.
+      layers: every layer's hidden states and attention, the student's and the teacher's.
     """
 
     name: str
@@ -43,6 +47,11 @@ class Objective:
     ramp: int = 0
     positives: int = 1
     matryoshka: tuple[int, ...] = ()
+    masked: bool = False
+    denoised: bool = False
+    scores: bool = False
+    teacher: bool = False
+    layers: bool = False
 
     @property
     def table(self) -> bool:
@@ -56,6 +65,12 @@ def check_range(key: str, value: float, *, above: float | None = None, least: fl
     if wrong or (below is not None and not value < below):
         limits = [f"{word} {limit}" for word, limit in (("above", above), ("at least", least), ("below", below)) if limit is not None]
         raise RecJaxError(f"config.objectives.{key}={value!r}: must be {' and '.join(limits)}")
+
+
+def taught(context: Context) -> Outputs:
+    """What the teacher made of the batch; `check` has seen to it that there is one."""
+    assert context.teacher is not None
+    return context.teacher
 
 
 def target_ids(batch: Batch) -> jax.Array:

@@ -1,0 +1,40 @@
+"""The four stages on Amazon Beauty (S3-Rec's file): pre-train, contrast, optimise for the task, distil.
+
+    python -m rec_jax.train --config=configs/beauty_chain.py --workdir=DIR \\
+        --config.data.path=Beauty.txt --config.data.items=Beauty.items.tsv
+
+The stages are those of configs/movielens.py with longer trainings.
+"""
+
+from rec_jax import recipes
+from rec_jax.defaults import defaults
+
+PRESETS = ("", "smoke", *recipes.VARIANTS)
+
+
+def get_config(arg=None):
+    """`smoke`: a few steps of each stage, with a small encoder of random weights. The others leave a stage out (rec_jax/recipes.py)."""
+    c = defaults()
+    c.data.reader = "sequences"
+    c.data.on_bad.empty_text = "keep"
+    c.data.text.max_tokens = 64
+    c.towers.item.ids = True
+    c.batch.history_length = 50
+    c.train.duration = "12 epochs"
+    c.train.log_every = "100 steps"
+    c.train.patience = 4
+    c.eval.max_users = 5000
+
+    recipes.four_stages(c, pretrain="1 epochs", task="2 epochs", distill="3 epochs")
+    if arg == "smoke":
+        c.towers.text.path = "scratch"
+        c.towers.text.scratch.update({"layers": 1, "width": 64, "heads": 2, "words": 2000})
+        c.train.duration = "20 steps"
+        c.train.log_every = "5 steps"
+        c.eval.max_users = 200
+        c.eval.baselines = ("popularity",)
+        for name in ("pretrain", "task", "distill"):
+            c.stage[name].train.duration = "10 steps"
+    elif arg in recipes.VARIANTS:
+        recipes.vary(c, arg)
+    return c

@@ -1,0 +1,79 @@
+"""How well a stage predicts the labels of impressions, beside a logistic regression and a factorisation machine of the same split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from rec_jax.data.impression_batches import blocks
+from rec_jax.data.impressions import Impressions
+from rec_jax.data.prepare import Prepared
+from rec_jax.eval import ctr_baselines, pointwise_metrics
+from rec_jax.eval.encoder import Say
+from rec_jax.towers import batches, two_tower
+from rec_jax.types import Params
+
+BLOCK = 4096  # impressions that are scored at a time
+BASELINES: dict[str, Callable[..., ctr_baselines.ClickModel]] = {
+    "logistic": ctr_baselines.fit_logistic,
+    "factorisation_machine": ctr_baselines.fit_fm,
+}
+
+
+class Labelled:
+    """Scores impressions with a stage's towers.
+
+    Args:
+      spec: of the towers.
+      prepared: the data.
+    """
+
+    def __init__(self, spec: two_tower.TwoTowerSpec, prepared: Prepared):
+        self._prepared = prepared
+        plain = two_tower.with_encoder(spec, False)
+        self._scores = jax.jit(
+            lambda params, batch, table: (
+                batches.encode_batch(params, plain, batch, table=table, catalogue=False, keys=None, scores=True).scores
+            )
+        )
+
+    def logits(self, params: Params, table: np.ndarray, impressions: Impressions) -> np.ndarray:
+        """Impressions [E], text vectors of the catalogue [N, D_text] -> logits [E, L]."""
+        made = [np.asarray(self._scores(params, block, table))[0] for block in blocks(impressions, BLOCK)]
+        return np.concatenate(made)[: len(impressions)]
+
+    def measure(self, params: Params, table: np.ndarray, split: str) -> dict[str, float]:
+        """Metrics of a part of the data, SPLIT/METRIC for the first task and SPLIT/TASK/METRIC for the others."""
+        impressions = self._prepared.impressions(split)
+        return metrics_of(self.logits(params, table, impressions), impressions, split)
+
+
+def metrics_of(logits: np.ndarray, impressions: Impressions, split: str) -> dict[str, float]:
+    """logits [E, L] -> metrics by name: those of clicks where a task's labels are 0 or 1, else errors of a regression."""
+    out: dict[str, float] = {}
+    for n, task in enumerate(impressions.tasks):
+        labels, place = np.asarray(impressions.labels[:, n]), f"{split}/{task}" if n else split
+        seen = labels[~np.isnan(labels)]
+        if np.isin(seen, (0, 1)).all():
+            found = pointwise_metrics.binary_metrics(logits[:, n], labels, users=np.asarray(impressions.user))
+        else:
+            found = {"rmse": pointwise_metrics.rmse(logits[:, n], labels), "mae": pointwise_metrics.mae(logits[:, n], labels)}
+        out |= {f"{place}/{name}": value for name, value in found.items()}
+    return out
+
+
+def baselines(prepared: Prepared, split: str, say: Say) -> dict[str, dict[str, float]]:
+    """Each of BASELINES, fitted on the first task of the train part, its penalty chosen on the validation part -> metrics of `split`."""
+    parts = {name: prepared.impressions(name) for name in {"train", "valid", split}}
+    sizes = (prepared.n_users, prepared.n_items, *parts["train"].sizes)
+    fields = {name: np.column_stack([part.user, part.item, part.context]) for name, part in parts.items()}
+    labels = {name: np.asarray(part.labels[:, 0]) for name, part in parts.items()}
+    out = {}
+    for name, fit in BASELINES.items():
+        model = fit(fields["train"], labels["train"], sizes, valid=(fields["valid"], labels["valid"]))
+        found = pointwise_metrics.binary_metrics(model.logits(fields[split]), labels[split], users=np.asarray(parts[split].user))
+        out[name] = {f"{split}/{metric}": value for metric, value in found.items()}
+        say(f"  {name}: auc {found['auc']:.4f}")
+    return out

@@ -1,0 +1,74 @@
+"""The teacher of a distillation: a stage of a workdir, or a text encoder alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+
+from rec_jax import towers
+from rec_jax.data import packing
+from rec_jax.eval.encoder import Say, encoder_of, text_table
+from rec_jax.eval.model import load
+from rec_jax.eval.workdir import read_config
+from rec_jax.towers import two_tower
+from rec_jax.types import Params, Ragged, RecJaxError
+
+
+def teacher_of(
+    config: Any, workdir: epath.Path, before: str | None, tokens: Ragged, say: Say
+) -> tuple[two_tower.TwoTowerSpec, dict[str, Any]]:
+    """The teacher that `config.teacher` names -> (its towers, {"params", "table" [N, D_text]}).
+
+    Args:
+      config: of the student's stage.
+      workdir: of the run.
+      before: the stage before the student's, its teacher where the config names none.
+      tokens: of each catalogue item.
+      say: told about text vectors.
+
+    Raises:
+      RecJaxError: no teacher, or one of another catalogue.
+    """
+    path, params = config.teacher.path, dict[str, Any]()
+    if path and _is_encoder(path):
+        text_params, bert = towers.load_hf(path)
+        spec = towers_of_encoder(config, bert)
+    else:
+        stage = config.teacher.stage or (None if path else before)
+        spec, params, text_params = _trained(epath.Path(path or workdir), stage, path, tokens, say)
+    spec = dataclasses.replace(two_tower.with_encoder(spec, config.teacher.source == "online"), task=None)
+    table = text_table(config, tokens, text_params, spec.text, say, shared=True)
+    return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table}
+
+
+def _trained(
+    workdir: epath.Path, stage: str | None, path: str, tokens: Ragged, say: Say
+) -> tuple[two_tower.TwoTowerSpec, dict[str, Any], Params]:
+    """A stage of a workdir -> its towers, their parameters without encoder and task head, and the encoder's."""
+    if not path and stage is None:
+        raise RecJaxError("a teacher is asked for, but no stage comes before: set config.teacher.path to a workdir or a model's folder")
+    trained, whole = load(workdir, stage, say=say), read_config(workdir)
+    n_items = trained.model.prepared.n_items
+    if n_items != len(tokens):
+        raise RecJaxError(f"the teacher {workdir} knows {n_items:,} items, the student {len(tokens):,}: both must learn from the same data")
+    text_params = trained.params.get("text")
+    if text_params is None:
+        name = stage or (whole.stages[-1] if whole.stages else None)
+        text_params = encoder_of(whole, workdir, name, trained.model.prepared)[0]
+    return trained.model.spec, {k: v for k, v in trained.params.items() if k not in ("task", "text")}, text_params
+
+
+def towers_of_encoder(config: Any, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:
+    """Towers that are no more than an encoder: they make text vectors alone."""
+    t, k = config.towers, packing.texts_per_row(config.batch.row_tokens)
+    return dataclasses.replace(two_tower.make_spec(t, bert, texts_per_row=k, n_items=0), user="none", n_ids=0, history=None)
+
+
+def _is_encoder(path: str) -> bool:
+    """Whether a path is a model's folder, and no workdir."""
+    folder = epath.Path(path)
+    if path.startswith("package:") or not folder.exists():
+        return True
+    return not (folder / "config.json").exists() or "model_type" in (folder / "config.json").read_text()

@@ -1,0 +1,78 @@
+"""What several configs share: the four stages, and the chain with one of them left out."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("no_pretrain", "no_contrastive", "no_task", "no_teacher", "alone")  # presets of a config that has the four stages
+
+
+def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> None:
+    """Gives a config the stages pretrain, contrastive, task and distill; the contrastive one is the config itself.
+
+    Args:
+      c: a whole config, changed in place.
+      pretrain, task, distill: durations of these stages.
+    """
+    c.stages = ("pretrain", "contrastive", "task", "distill")
+    # On texts alone: two dropout views of a text find each other, and a little of the masked language model beside it.
+    c.stage.pretrain = ConfigDict(
+        {
+            "batch": {"kind": "texts", "shards": 4, "text_rows": 4, "max_items": 32},
+            "towers": {"text": {"source": "tokens", "dropout": 0.1}},
+            "objectives": {"info_nce": {"weight": 0.0}, "simcse": {"weight": 1.0}, "mlm": {"weight": 0.1}},
+            "optimizer": {"learning_rate": 2e-5, "warmup": "10 percent", "freeze": ("text/embeddings/.*",)},
+            "train": {
+                "duration": pretrain,
+                "log_every": "10 steps",
+                "eval_every": "50 percent",
+                "checkpoint_every": "50 percent",
+                "monitor": "valid/simcse",
+                "monitor_goal": "min",
+                "patience": 0,
+            },
+        }
+    )
+    c.stage.contrastive = ConfigDict()
+    # L_CL + lambda L_T, from the contrastive stage's weights.
+    c.stage.task = ConfigDict(
+        {
+            "objectives": {"task": {"weight": 0.2, "loss": "bpr"}},
+            "optimizer": {"learning_rate": 5e-4},
+            "train": {"duration": task},
+        }
+    )
+    # A student without a transformer; the teacher is the stage before.
+    c.stage.distill = ConfigDict(
+        {
+            "towers": {"text": {"layers": 0}},
+            "objectives": {"info_nce": {"weight": 0.5}, "distill_kl": {"weight": 1.0}},
+            "optimizer": {"learning_rate": 1e-3},
+            "train": {"duration": distill},
+        }
+    )
+
+
+def vary(c: ConfigDict, name: str) -> None:
+    """Changes the four stages for an ablation.
+
+    no_pretrain, no_task: the chain without that stage. no_contrastive: the task stage without L_CL, from fresh weights and as long as
+    both. no_teacher: the student goes on from the same weights by the labels alone. alone: the student by itself, trained as long as the
+    contrastive stage, by the labels alone and from fresh weights.
+
+    Args:
+      c: a config that `four_stages` has made, changed in place.
+      name: of VARIANTS.
+    """
+    if name in ("no_pretrain", "no_task"):
+        c.stages = tuple(stage for stage in c.stages if stage != name.removeprefix("no_"))
+    elif name == "no_contrastive":
+        c.stages = tuple(stage for stage in c.stages if stage != "contrastive")
+        c.stage.task = ConfigDict(
+            {"objectives": {"info_nce": {"weight": 0.0}, "task": c.stage.task.objectives.task.to_dict() | {"weight": 1.0}}}
+        )
+    elif name == "no_teacher":
+        c.stage.distill.objectives = ConfigDict({"info_nce": {"weight": 1.0}})
+    elif name == "alone":
+        c.stages = ("alone",)
+        c.stage.alone = ConfigDict({"towers": {"text": {"layers": 0}}})

@@ -1,0 +1,137 @@
+"""The chain of stages on disk: which stage is done and from what, what may be run again, what each has cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from rec_jax import config as config_lib
+from rec_jax.types import RecJaxError
+
+# Keys that another machine may set otherwise without making it another run: they change no result.
+FREE_KEYS = ("mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items")
+FILE = "stage.json"
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys, with both values, in which two configs differ beyond FREE_KEYS."""
+    out = []
+    for key in sorted(set(old) | set(new)):
+        name = f"{prefix}{key}"
+        a, b = old.get(key, "nothing"), new.get(key, "nothing")
+        if name in FREE_KEYS or a == b:
+            continue
+        if hasattr(a, "keys") and hasattr(b, "keys"):
+            out += differences(a, b, name + ".")
+        else:
+            out.append(f"config.{name}: {a!r} there, {b!r} now")
+    return out
+
+
+def fingerprint(config: Any, *inputs: str) -> str:
+    """A stage's config and what it starts from (data, the stage before, the teacher) -> a text that only the same ones have."""
+    kept = json.loads(config_lib.to_json(config))
+    for key in FREE_KEYS:
+        *groups, name = key.split(".")
+        node = kept
+        for group in groups:
+            node = node[group]
+        node.pop(name)
+    return hashlib.sha256(json.dumps([kept, *inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keep_config(config: Any, workdir: epath.Path) -> None:
+    """Writes `config.json` of a run without stages, or checks the one that is there.
+
+    Raises:
+      RecJaxError: the workdir belongs to another config; names the keys that differ.
+    """
+    changed = _changed(config, workdir)
+    if changed:
+        raise RecJaxError(f"{workdir} was begun with another config ({'; '.join(changed[:5])}); use another --workdir")
+    write_config(config, workdir)
+
+
+def write_config(config: Any, folder: epath.Path) -> None:
+    """Writes `config.json`, by process 0 alone."""
+    _write(folder / "config.json", config_lib.to_json(config))
+
+
+class Stages:
+    """The stages of a workdir: which are done, and which may be run again.
+
+    Args:
+      workdir: of the run.
+      names: of all stages, in order.
+      chosen: of those that may be run, also again; None = all, but none again.
+
+    Raises:
+      RecJaxError: a chosen name that is no stage.
+    """
+
+    def __init__(self, workdir: epath.Path, names: Sequence[str], chosen: Sequence[str] | None):
+        unknown = [name for name in chosen or () if name not in names]
+        if unknown:
+            raise RecJaxError(f"--stages={','.join(chosen or ())}: no stage {unknown[0]!r}; the config has {', '.join(names) or 'none'}")
+        self._workdir, self._names, self._chosen = workdir, tuple(names), None if chosen is None else set(chosen)
+        self._again: list[str] = []
+
+    def begin(self, name: str, config: Any, mark: str) -> bool:
+        """Whether a stage is to be trained, or gone on with; False: it is done, from the same config and inputs. `mark`: its fingerprint.
+
+        A stage whose config or inputs have changed is begun anew only if it was chosen: then what it left is taken away first.
+
+        Raises:
+          RecJaxError: it was begun from something else and was not chosen, or is not done and others were chosen.
+        """
+        folder = self._workdir / name
+        kept = self._read(folder)
+        if kept is None:
+            if self._chosen is not None and name not in self._chosen:
+                raise RecJaxError(f"stage {name!r} is not done in {self._workdir}: run it first, or add it to --stages")
+        elif kept["fingerprint"] != mark:
+            changed = _changed(config, folder) or [f"it started from another {' or '.join(self._again) or 'input'}"]
+            if self._chosen is None or name not in self._chosen:
+                later = self._names[self._names.index(name) :]
+                raise RecJaxError(
+                    f"{folder} was made otherwise ({'; '.join(changed[:5])}); to make it again: --stages={','.join(later)}, "
+                    "or use another --workdir"
+                )
+            if jax.process_index() == 0:
+                print(f"{name}: begun anew ({'; '.join(changed[:3])})", flush=True)
+                folder.rmtree()
+            kept = None
+            self._again.append(name)
+        if kept is None:
+            write_config(config, folder)
+            _write(folder / FILE, json.dumps({"fingerprint": mark, "done": False}) + "\n")
+            return True
+        return not kept["done"]
+
+    def done(self, name: str, mark: str, cost: dict[str, float]) -> None:
+        """Notes that a stage is done, and what it cost."""
+        _write(self._workdir / name / FILE, json.dumps({"fingerprint": mark, "done": True, "cost": cost}, indent=1) + "\n")
+
+    def _read(self, folder: epath.Path) -> dict[str, Any] | None:
+        file = folder / FILE
+        return json.loads(file.read_text()) if file.exists() else None
+
+
+def _changed(config: Any, folder: epath.Path) -> list[str]:
+    file = folder / "config.json"
+    return differences(config_lib.from_json(file.read_text()), config) if file.exists() else []
+
+
+def _write(file: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all, by process 0 alone."""
+    if jax.process_index() != 0:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.parent / (file.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
