@@ -25,16 +25,20 @@ def get_config(arg=None):
     c.batch.impressions = 512
     c.towers.user.kind = "id"
     c.towers.item.ids = True
+    c.towers.item.whiten = False
     c.towers.normalize = False
     c.towers.task.kind = "dcn"
     c.towers.task.hidden = (256, 128)
     c.towers.task.cross_layers = 3
-    c.towers.task.context_dim = 16
-    c.towers.task.dropout = 0.1
+    c.towers.task.context_dim = 32
+    c.towers.task.dropout = 0.3
     c.towers.task.scale = 1.0
     c.objectives.info_nce.weight = 0.0
     c.objectives.task.weight = 1.0
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.weight_decay = (
+        2.0  # of what is left each step the learning rate's share: vectors of rare users and apps are learned by heart else
+    )
     c.train.duration = "12 epochs"
     c.train.log_every = "100 steps"
     c.train.monitor = "valid/log_loss"

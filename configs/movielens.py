@@ -33,7 +33,7 @@ def get_config(arg=None):
         ("Pride & Prejudice (2005)", "Notting Hill (1999)"),
     )
 
-    recipes.four_stages(c, pretrain="20 steps", task="200 steps", distill="200 steps")
+    recipes.four_stages(c, pretrain="20 steps", task="200 steps", distill="100 steps")
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What each stage of a chain adds: runs a config that has the four stages whole and with each of them left out, for each seed, then compares
-# them over users (paired bootstrap). Variants that begin with the same pre-training share it. What is done is not done again.
+# them over users (paired bootstrap). Variants share the stages by which they begin. What is done is not done again.
 #
 #   ./launch/ablation.sh --config=configs/movielens.py --workdir=runs/ablation --seeds=0,1,2 [more train flags]
 set -euo pipefail
@@ -24,6 +24,14 @@ fi
 python=$root/.venv/bin/python
 variants=(no_pretrain no_contrastive no_task no_teacher alone)
 IFS=, read -ra numbers <<<"$seeds"
+shared() { # the stages that a variant has in common with the whole, from the first on
+  case $1 in
+    no_contrastive) echo pretrain ;;
+    no_task) echo pretrain contrastive ;;
+    no_teacher) echo pretrain contrastive task ;;
+  esac
+}
+
 folders() { # of a variant, all seeds, with commas between them
   local seed out=""
   for seed in "${numbers[@]}"; do out+=${out:+,}$workdir/$1-$seed; done
@@ -35,10 +43,12 @@ for seed in "${numbers[@]}"; do
     folder=$workdir/$variant-$seed
     if [[ -f $folder/eval/test_users.npz ]]; then continue; fi
     echo "[ablation] $variant, seed $seed"
-    if [[ $variant == no_contrastive || $variant == no_task || $variant == no_teacher ]] && [[ ! -d $folder/pretrain ]]; then
-      mkdir -p "$folder"
-      cp -r "$workdir/whole-$seed/pretrain" "$folder/pretrain"
-    fi
+    for stage in $(shared "$variant"); do
+      if [[ ! -d $folder/$stage ]]; then
+        mkdir -p "$folder"
+        cp -r "$workdir/whole-$seed/$stage" "$folder/$stage"
+      fi
+    done
     preset=${variant/#whole/}
     "$python" -m rec_jax.train --config="$config${preset:+:$preset}" --workdir="$folder" --config.seed="$seed" \
       --config.eval.baselines="()" --config.eval.examples="()" "${flags[@]+"${flags[@]}"}"

@@ -46,8 +46,8 @@ def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> Non
     c.stage.distill = ConfigDict(
         {
             "towers": {"text": {"layers": 0}},
-            "objectives": {"info_nce": {"weight": 0.5}, "distill_kl": {"weight": 1.0}},
-            "optimizer": {"learning_rate": 1e-3},
+            "objectives": {"info_nce": {"weight": 0.1}, "distill_kl": {"weight": 1.0}},
+            "optimizer": {"learning_rate": 2e-4},
             "train": {"duration": distill},
         }
     )

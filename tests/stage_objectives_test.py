@@ -258,14 +258,14 @@ def distilled(tmp_path, *, student=None, source="stored", **changes):
     return stages.make_task(c, "", epath.Path(tmp_path), inputs, batches, tiny.one_device(), None)
 
 
-def text_table(text):
+def text_table(text, layers=2):
     from rec_jax.towers import encode_texts
 
     tokens = tiny.tokens()
     rows = np.zeros((tiny.N_ITEMS, int(tokens.lengths().max())), np.int32)
     for n in range(tiny.N_ITEMS):
         rows[n, : len(tokens[n])] = tokens[n]
-    return encode_texts(text, tiny.bert_spec(), rows, np.arange(rows.shape[1]) < tokens.lengths()[:, None])
+    return encode_texts(text, tiny.bert_spec(layers=layers), rows, np.arange(rows.shape[1]) < tokens.lengths()[:, None])
 
 
 DISTILL = {
@@ -346,3 +346,20 @@ def test_adapters_alone_move_and_are_part_of_every_forward(tmp_path):
     assert isinstance(plain, StepSpec)
     losses = [float(loss_of(p, s, batch, task.constants)[0]) for p, s in ((params, task.spec), (merged, plain))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_student_begins_with_its_teachers_vectors_of_known_items(tmp_path):
+    """Its encoder is another one: half as many layers. The head takes what it can from it, the items' own vectors the rest."""
+    c = tiny.config(**{"batch.shards": 2, "towers.text.layers": 1, "towers.item.ids": True, **OFF, "objectives.distill_kl.weight": 1.0})
+    text, student = (init_text(jax.random.key(1), tiny.bert_spec(layers=n)) for n in (2, 1))
+    spec = spec_of(c)
+    taught = two_tower.init(jax.random.key(7), spec)
+    taught["ids"] = {"embedding": jax.random.normal(jax.random.key(8), taught["ids"]["embedding"].shape)}
+    vectors, others = np.asarray(text_table(text)), np.asarray(text_table(student, layers=1))
+    arrays = {"params": taught, "table": vectors}
+    inputs = stages.Inputs(tiny.World(), tiny.tokens(), spec, student, others, taught, teacher=spec, teacher_arrays=arrays)
+    params = stages.make_params(c, stages.step_of(c, inputs), inputs)
+    here, there = two_tower.item_vectors(params, spec, others), two_tower.item_vectors(taught, spec, vectors)
+    np.testing.assert_allclose(here, there, atol=1e-4)
+    assert np.abs(np.asarray(params["ids"]["embedding"] - taught["ids"]["embedding"])).max() > 1e-4
+    jax.tree.map(np.testing.assert_array_equal, params["user"], taught["user"])

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -144,7 +145,8 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
     """Initial parameters of a stage: fresh ones, with those of the stages before laid over them where name and shape agree.
 
     The encoder's are `inputs.text_params`. A student's item head begins as the linear map that takes its text vectors nearest to its
-    teacher's item vectors, for its text vectors mean something else than the teacher's.
+    teacher's, for they mean something else than the teacher's; its items' own vectors begin as what that leaves. So it begins with its
+    teacher's vectors of the items that are known, and new ones are what their texts say.
 
     Raises:
       RecJaxError: a stage before has a parameter of the same name and another shape, and none of both is a student.
@@ -168,8 +170,14 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
     if student and inputs.teacher is not None and inputs.teacher_arrays is not None and inputs.table is not None and "item" in params:
         taught, table = inputs.teacher_arrays["params"], inputs.teacher_arrays["table"]
         if table is not None and inputs.teacher.dim == spec.towers.dim:
-            wanted = two_tower.text_item_vectors(taught, dataclasses.replace(inputs.teacher, normalize=False), table)
-            params["item"] = heads.fitted(params["item"], inputs.table, np.asarray(wanted))
+            teacher, towers = (dataclasses.replace(t, normalize=False) for t in (inputs.teacher, spec.towers))
+            wanted = np.asarray(two_tower.text_item_vectors(taught, teacher, table))
+            params["item"] = heads.fitted(params["item"], inputs.table, wanted)
+            if towers.n_ids:
+                rest = np.asarray(two_tower.item_vectors(taught, teacher, table)) - two_tower.text_item_vectors(
+                    params, towers, inputs.table
+                )
+                params["ids"] = {"embedding": jnp.asarray(params["ids"]["embedding"]).at[: len(rest)].set(rest)}
     return params
 
 

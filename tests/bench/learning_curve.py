@@ -26,7 +26,8 @@ def main() -> None:
         rows = [json.loads(line) for line in (args.workdir / stage / "metrics.jsonl").read_text().splitlines()]
         for axes, name in ((loss, "train/loss"), (metric, args.metric)):
             points = [(before + row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), marker=".", label=stage or "training")
+            if points:  # pre-training has no rankings
+                axes.plot(*zip(*points, strict=True), marker=".", label=stage or "training")
             axes.set(xlabel="step", title=name)
         before += rows[-1]["step"]
     metric.legend()
