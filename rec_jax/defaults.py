@@ -11,7 +11,7 @@ def defaults() -> ConfigDict:
     c.seed = 0  # all random streams derive from it: data order, initial values, dropout
 
     c.data = ConfigDict()
-    c.data.reader = "movielens"  # movielens | sequences | recbole | amazon | mind | table (rec_jax.data.readers.READERS)
+    c.data.reader = "movielens"  # movielens | sequences | recbole | amazon | mind | frappe | open_bandit | table
     c.data.path = ""  # file, folder or archive that the reader takes; "builtin:ml-latest-small" ships with the package
     c.data.items = ""  # items file, for readers that take one beside the events (sequences: TSV with item_id and text columns)
     # Reader "table": names in the file; "" = none. Of impressions also the columns that hold context, labels (empty = not observed) and the

@@ -46,7 +46,7 @@ def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> Non
     c.stage.distill = ConfigDict(
         {
             "towers": {"text": {"layers": 0}},
-            "objectives": {"info_nce": {"weight": 0.1}, "distill_kl": {"weight": 1.0}},
+            "objectives": {"info_nce": {"weight": 0.1}, "distill_kl": {"weight": 1.0, "scale": 0.0}},
             "optimizer": {"learning_rate": 2e-4},
             "train": {"duration": distill},
         }
@@ -71,6 +71,7 @@ def vary(c: ConfigDict, name: str) -> None:
         c.stage.task = ConfigDict(
             {"objectives": {"info_nce": {"weight": 0.0}, "task": c.stage.task.objectives.task.to_dict() | {"weight": 1.0}}}
         )
+        c.stage.distill.objectives.distill_kl.scale = 14.0  # the teacher has learned no temperature
     elif name == "no_teacher":
         c.stage.distill.objectives = ConfigDict({"info_nce": {"weight": 1.0}})
     elif name == "alone":
