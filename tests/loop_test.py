@@ -43,7 +43,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("source", ["frozen", "tokens"])
+@pytest.mark.parametrize("source", ["frozen", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, source):
     changes = {
         "towers.text.source": source,

@@ -38,7 +38,7 @@ def run(task, mesh, steps):
     return out, state, step
 
 
-@pytest.mark.parametrize("variant", ["frozen", "tokens", *(pytest.param(v, marks=pytest.mark.slow) for v in ("written", "bce"))])
+@pytest.mark.parametrize("variant", ["frozen", *(pytest.param(v, marks=pytest.mark.slow) for v in ("tokens", "written", "bce"))])
 def test_eight_devices_train_as_one_does(variant, tmp_path):
     c = tiny.config(**VARIANTS[variant])
     one, eight = tiny.one_device(), mesh_lib.make_mesh({"data": 8})
