@@ -206,7 +206,7 @@ def test_the_four_stages_are_a_chain_that_goes_on_where_it_was_killed_and_is_rer
 
     changed = "--config.stage.distill.optimizer.learning_rate=0.0005"
     refused = run(*four_stages(data, tmp_path, changed), code=2).stderr
-    assert "config.optimizer.learning_rate: 0.001 there, 0.0005 now" in refused
+    assert "config.optimizer.learning_rate: 0.0002 there, 0.0005 now" in refused
     assert "--stages=distill" in refused
     again = run(*four_stages(data, tmp_path, changed, "--stages=distill")).stdout
     assert "task: done before" in again

@@ -85,10 +85,10 @@ def test_an_objective_learns_a_batch_in_one_trace_with_donated_state(variant, tm
     assert float(losses[-1]) < float(losses[6])
 
 
-SLOW = ("moco", "views", "catalogue")  # of these "everything" and meshes_test have the parts
+SLOW = ("moco", "views", "catalogue", "everything")  # composition_test, meshes_test and step_test have the parts
 
 
-@pytest.mark.parametrize("variant", [*(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), "everything", "sharded_catalogue"])
+@pytest.mark.parametrize("variant", [*(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), "sharded_catalogue"])
 def test_eight_devices_have_the_losses_and_the_state_of_one(variant, tmp_path):
     task = tiny.task(tiny.config(**VARIANTS[variant]), tmp_path)
     results = []

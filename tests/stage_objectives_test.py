@@ -170,7 +170,7 @@ def labelled_task(tmp_path, labels, **changes):
     ("kind", "sharing", "labels", "changes"),
     [
         ("mlp", "bottom", 1, {}),
-        ("dcn", "bottom", 1, {}),
+        pytest.param("dcn", "bottom", 1, {}, marks=pytest.mark.slow),
         pytest.param("mlp", "bottom", 2, {}, marks=pytest.mark.slow),
         ("mlp", "mmoe", 2, {}),
         ("dcn", "ple", 2, {}),
@@ -275,7 +275,7 @@ DISTILL = {
     "distill_relations": {},
     "distill_layers": {},
 }
-SLOW = ("distill_margin", "distill_vectors", "distill_rank")  # by hand: what they test is like the others
+SLOW = ("distill_margin", "distill_vectors", "distill_rank", "distill_layers")  # by hand: what they test is like the others
 
 
 def each(names):
