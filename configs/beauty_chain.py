@@ -15,15 +15,7 @@ PRESETS = ("", "smoke", *recipes.VARIANTS)
 def get_config(arg=None):
     """`smoke`: a few steps of each stage, with a small encoder of random weights. The others leave a stage out (rec_jax/recipes.py)."""
     c = defaults()
-    c.data.reader = "sequences"
-    c.data.on_bad.empty_text = "keep"
-    c.data.text.max_tokens = 64
-    c.towers.item.ids = True
-    c.batch.history_length = 50
-    c.train.duration = "12 epochs"
-    c.train.log_every = "100 steps"
-    c.train.patience = 4
-    c.eval.max_users = 5000
+    recipes.sequences(c)
 
     recipes.four_stages(c, pretrain="1 epochs", task="2 epochs", distill="3 epochs")
     if arg == "smoke":

@@ -7,6 +7,7 @@ the whole catalogue; text vectors are made once. Amazon Beauty (22,363 users, 12
 else runs; test NDCG@10 .048, HR@10 .085 with the history's items removed (README.md, "Other data").
 """
 
+from rec_jax import recipes
 from rec_jax.defaults import defaults
 
 PRESETS = ("", "smoke")
@@ -15,15 +16,7 @@ PRESETS = ("", "smoke")
 def get_config(arg=None):
     """`smoke`: a few steps, to see that a file is read as it should be."""
     c = defaults()
-    c.data.reader = "sequences"
-    c.data.on_bad.empty_text = "keep"
-    c.data.text.max_tokens = 64
-    c.towers.item.ids = True
-    c.batch.history_length = 50
-    c.train.duration = "12 epochs"
-    c.train.log_every = "100 steps"
-    c.train.patience = 4
-    c.eval.max_users = 5000
+    recipes.sequences(c)
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"

@@ -217,6 +217,12 @@ def for_stage(config: ConfigDict, name: str) -> ConfigDict:
     return out.lock()
 
 
+def is_student(config: Any) -> bool:
+    """Whether a stage's encoder is made smaller than the one it was given."""
+    t = config.towers.text
+    return t.layers >= 0 or t.width > 0 or t.static
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as JSON text, keys sorted (what a workdir keeps)."""
     return json.dumps(json.loads(config.to_json()), indent=1, sort_keys=True) + "\n"

@@ -7,6 +7,21 @@ from ml_collections import ConfigDict
 VARIANTS = ("no_pretrain", "no_contrastive", "no_task", "no_teacher", "alone")  # presets of a config that has the four stages
 
 
+def sequences(c: ConfigDict) -> None:
+    """Gives a config what a file of user sequences wants (configs/sequences.py): items without text stay, histories of 50, some users
+    validated. `c` is changed in place.
+    """
+    c.data.reader = "sequences"
+    c.data.on_bad.empty_text = "keep"
+    c.data.text.max_tokens = 64
+    c.towers.item.ids = True
+    c.batch.history_length = 50
+    c.train.duration = "12 epochs"
+    c.train.log_every = "100 steps"
+    c.train.patience = 4
+    c.eval.max_users = 5000
+
+
 def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> None:
     """Gives a config the stages pretrain, contrastive, task and distill; the contrastive one is the config itself.
 

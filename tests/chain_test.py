@@ -19,10 +19,13 @@ def epath_tmp(tmp_path):
 
 def begin_all(workdir, configs, chosen=None, *, finish=True):
     """Goes through the stages as a run does -> names of those that were to be trained."""
-    stages, mark, trained = chain.Stages(workdir, NAMES, chosen), "data", []
+    stages, mark, trained, planned = chain.Stages(workdir, NAMES, chosen), "data", [], []
     for name in NAMES:
         config = configs.get(name, tiny.config())
         mark = chain.fingerprint(config, mark)
+        planned.append((name, config, mark))
+    stages.check(planned)
+    for name, config, mark in planned:
         if stages.begin(name, config, mark):
             trained.append(name)
             (workdir / name / "weights").write_text(mark)
@@ -50,9 +53,11 @@ def test_a_changed_stage_is_an_error_until_it_is_chosen_and_then_its_followers_t
     with pytest.raises(RecJaxError, match=message):
         begin_all(epath_tmp, changed)
     assert (epath_tmp / "second" / "weights").exists()
-    with pytest.raises(RecJaxError, match=r"third was made otherwise \(it started from another second\).*--stages=third"):
+    before = (epath_tmp / "second" / "weights").read_text()
+    with pytest.raises(RecJaxError, match=r"third was made otherwise \(it started from another second\).*--stages=second,third"):
         begin_all(epath_tmp, changed, ["second"])
-    assert begin_all(epath_tmp, changed, ["second", "third"]) == ["third"]
+    assert (epath_tmp / "second" / "weights").read_text() == before, "nothing is taken away before all is known to fit"
+    assert begin_all(epath_tmp, changed, ["second", "third"]) == ["second", "third"]
     assert begin_all(epath_tmp, changed) == []
 
 

@@ -204,10 +204,12 @@ def test_the_four_stages_are_a_chain_that_goes_on_where_it_was_killed_and_is_rer
     assert (tmp_path / "pretrain" / "encoder" / "model.safetensors").exists()
     assert len(np.load(tmp_path / "eval" / "test_users.npz")["ndcg@10"]) == 60
 
+    config = (tmp_path / "config.json").read_bytes()
     changed = "--config.stage.distill.optimizer.learning_rate=0.0005"
     refused = run(*four_stages(data, tmp_path, changed), code=2).stderr
     assert "config.optimizer.learning_rate: 0.0002 there, 0.0005 now" in refused
     assert "--stages=distill" in refused
+    assert (tmp_path / "config.json").read_bytes() == config, "what was refused is not kept"
     again = run(*four_stages(data, tmp_path, changed, "--stages=distill")).stdout
     assert "task: done before" in again
     assert "distill: begun anew" in again

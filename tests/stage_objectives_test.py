@@ -350,7 +350,8 @@ def test_adapters_alone_move_and_are_part_of_every_forward(tmp_path):
 
 def test_a_student_begins_with_its_teachers_vectors_of_known_items(tmp_path):
     """Its encoder is another one: half as many layers. The head takes what it can from it, the items' own vectors the rest."""
-    c = tiny.config(**{"batch.shards": 2, "towers.text.layers": 1, "towers.item.ids": True, **OFF, "objectives.distill_kl.weight": 1.0})
+    distil = {"objectives.distill_kl.weight": 1.0, "objectives.distill_kl.scale": 14.0}
+    c = tiny.config(**{"batch.shards": 2, "towers.text.layers": 1, "towers.item.ids": True, **OFF, **distil})
     text, student = (init_text(jax.random.key(1), tiny.bert_spec(layers=n)) for n in (2, 1))
     spec = spec_of(c)
     taught = two_tower.init(jax.random.key(7), spec)
@@ -363,3 +364,17 @@ def test_a_student_begins_with_its_teachers_vectors_of_known_items(tmp_path):
     np.testing.assert_allclose(here, there, atol=1e-4)
     assert np.abs(np.asarray(params["ids"]["embedding"] - taught["ids"]["embedding"])).max() > 1e-4
     jax.tree.map(np.testing.assert_array_equal, params["user"], taught["user"])
+
+
+def test_preferences_begin_at_the_teachers_and_need_mined_negatives(tmp_path):
+    # A weight next to nothing: the temperature that scores are divided by is info_nce's, and begins as the teacher's.
+    changes = {"objectives.info_nce.weight": 1e-9, "objectives.preference.weight": 1.0, "objectives.preference.beta": 0.5}
+    task = distilled(tmp_path, student=lambda params: params, **changes)
+    batch = next(iter(task.batches))
+    with pytest.raises(RecJaxError, match="batches have no mined negatives: set config.data.negatives"):
+        loss_of(task.params, task.spec, batch, task.constants)
+    batch.negatives = np.random.default_rng(0).integers(0, 5, (*batch.targets.shape, 3), dtype=np.int32)
+    loss, _ = loss_of(task.params, task.spec, batch, task.constants)
+    assert float(loss) == pytest.approx(np.log(4), rel=1e-4)  # as likely as each of three others, at the reference
+    other = distilled(tmp_path, **changes)
+    assert float(loss_of(other.params, other.spec, batch, other.constants)[0]) != pytest.approx(np.log(4), rel=1e-3)

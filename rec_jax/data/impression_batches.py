@@ -10,16 +10,15 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
-import grain
 import jax
 import numpy as np
 
 from rec_jax.data.impressions import Impressions
 from rec_jax.data.packing import TextRows
-from rec_jax.data.pipeline import LOOK_AHEAD, BatchIterator
+from rec_jax.data.pipeline import LOOK_AHEAD, ShardedBatches, Stream
 from rec_jax.types import Batch, Ragged, RecJaxError
 
-__all__ = ["ImpressionBatches", "ImpressionIterator", "ImpressionSpec", "blocks"]
+__all__ = ["ImpressionBatches", "ImpressionSpec", "blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ImpressionSpec:
         return self.queries
 
 
-class ImpressionBatches(grain.IterDataset):
+class ImpressionBatches(ShardedBatches):
     """Endless batches [local shards, ...] of numpy arrays; an epoch holds every impression once.
 
     `item_ids`, `targets`, `weights`, `examples`, `user_ids` and `labels` are there; `context` and `propensities` where the impressions have
@@ -84,18 +83,13 @@ class ImpressionBatches(grain.IterDataset):
         # A batch may lie across the end of an epoch, so two orders are kept.
         self._order = functools.lru_cache(maxsize=2)(self._epoch)
 
-    def __iter__(self) -> ImpressionIterator:
-        return ImpressionIterator(self)
+    def stream(self, shard: int) -> Stream:
+        """See `ShardedBatches`."""
+        return _Shard(self, shard)
 
     def examples_per_step(self, probe: int = 32) -> float:
-        """Impressions that a global batch takes; where texts are encoded measured over `probe` batches of shard 0, or one epoch."""
-        if not self.spec.encode_items:
-            return float(self.spec.shards * self.spec.queries)
-        stream, batches = _Shard(self, 0), 0
-        while batches < probe and stream.next * self.spec.shards < self.examples_per_epoch:
-            stream.fill()
-            batches += 1
-        return (stream.next - len(stream.waiting)) / batches * self.spec.shards
+        """See `ShardedBatches`; without texts it is known."""
+        return super().examples_per_step(probe) if self.spec.encode_items else float(self.spec.shards * self.spec.queries)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Positions in the endless order [P] -> which impressions they are [P]."""
@@ -164,15 +158,6 @@ class _Shard:
         out.item_tokens, out.item_segments = text_rows.tokens, text_rows.segments
         out.item_places = np.asarray([places[item] if item >= 0 else 0 for item in out.item_ids.tolist()], np.int32)
         return out
-
-
-class ImpressionIterator(BatchIterator):
-    """Iterator over `ImpressionBatches`; its state is, per shard, the next impression and those that wait."""
-
-    def __init__(self, batches: ImpressionBatches):
-        grain.DatasetIterator.__init__(self)
-        self._batches = batches
-        self._shards = {g: _Shard(batches, g) for g in range(batches.spec.shards)}  # type: ignore[misc]
 
 
 def blocks(impressions: Impressions, queries: int, *, shards: int = 1) -> Iterator[Batch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -18,7 +18,7 @@ from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.types import Batch, Ragged, RecJaxError
 
-__all__ = ["BatchIterator", "BatchSpec", "Batches", "Windows", "prefetched"]
+__all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "Windows", "prefetched"]
 
 LOOK_AHEAD = 16  # examples that may wait for the next batch before a shard is closed
 
@@ -66,7 +66,50 @@ class _Source:
         return user, items[w.start[index] : w.stop[index]]
 
 
-class Batches(grain.IterDataset):
+class Stream(Protocol):
+    """One shard's part of the endless order: its next example and those that wait, by their number within the shard."""
+
+    next: int
+
+    @property
+    def waiting(self) -> list[int]: ...
+
+    def go_to(self, number: int, waiting: Sequence[int]) -> None: ...
+
+    def fill(self) -> Batch: ...
+
+
+class ShardedBatches(grain.IterDataset):
+    """What endless batches share, whatever they are made of: a stream of each shard, an iterator over them, and how much a batch takes.
+
+    Attributes:
+      spec: the budgets, with the number of `shards`.
+      shards: the global shards that this process makes.
+      examples_per_epoch: of the whole order.
+    """
+
+    spec: Any
+    shards: range
+    examples_per_epoch: int
+
+    def stream(self, shard: int) -> Stream:
+        """A shard's stream from its first example on."""
+        raise NotImplementedError
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self)
+
+    def examples_per_step(self, probe: int = 32) -> float:
+        """Examples that a global batch takes, measured over `probe` batches of shard 0 (or one epoch, if that is less)."""
+        stream = self.stream(0)
+        batches = 0
+        while batches < probe and stream.next * self.spec.shards < self.examples_per_epoch:
+            stream.fill()
+            batches += 1
+        return (stream.next - len(stream.waiting)) / batches * self.spec.shards
+
+
+class Batches(ShardedBatches):
     """Endless batches [local shards, ...] of numpy arrays; see the module's text for their order.
 
     Args:
@@ -130,17 +173,9 @@ class Batches(grain.IterDataset):
                     f"or lower batch.history_length={s.history_length}{fewer}"
                 )
 
-    def __iter__(self) -> BatchIterator:
-        return BatchIterator(self)
-
-    def examples_per_step(self, probe: int = 32) -> float:
-        """Examples that a global batch takes, measured over `probe` batches of shard 0 (or one epoch, if that is less)."""
-        stream = _Shard(self, 0)
-        batches = 0
-        while batches < probe and stream.next * self.spec.shards < self.examples_per_epoch:
-            stream.fill()
-            batches += 1
-        return (stream.next - len(stream.waiting)) / batches * self.spec.shards
+    def stream(self, shard: int) -> Stream:
+        """See `ShardedBatches`."""
+        return _Shard(self, shard)
 
     def example(self, position: int) -> tuple[int, np.ndarray]:
         """Position in the endless order -> (row of the users table, items of the window)."""
@@ -187,12 +222,12 @@ class _Shard:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Iterator over `Batches`; its state is, per shard, the next example and those that wait."""
+    """Iterator over batches; its state is, per shard, the next example and those that wait."""
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: ShardedBatches):
         super().__init__()
         self._batches = batches
-        self._shards = {g: _Shard(batches, g) for g in range(batches.spec.shards)}
+        self._shards = {g: batches.stream(g) for g in batches.shards}
 
     def __next__(self) -> Batch:
         parts = [self._shards[g].fill() for g in self._batches.shards]
@@ -215,6 +250,6 @@ class BatchIterator(grain.DatasetIterator):
             self._shards[g].go_to(int(place["next"]), [int(n) for n in place["waiting"]])
 
 
-def prefetched(batches: Batches, ahead: int) -> Iterator[Batch]:
+def prefetched(batches: ShardedBatches, ahead: int) -> Iterator[Batch]:
     """An iterator that makes `ahead` batches in a thread of its own; `get_state` is the place of the last batch handed out."""
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead))

@@ -12,14 +12,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
 from rec_jax.data.augment import Corruption, corrupt
 from rec_jax.data.draft import BatchSpec
 from rec_jax.data.packing import TextRows
-from rec_jax.data.pipeline import LOOK_AHEAD, BatchIterator
+from rec_jax.data.pipeline import LOOK_AHEAD, ShardedBatches, Stream
 from rec_jax.types import Batch, Ragged, RecJaxError
 
 ORDER, TRAINING, HELD_OUT = 1, 2, 3  # streams of random numbers, each of a seed and a number
@@ -31,7 +30,7 @@ def text_spec(config: Any) -> BatchSpec:
     return dataclasses.replace(spec, history_rows=1, history_length=1, user_kind="history", encode_items=True)
 
 
-class TextBatches(grain.IterDataset):
+class TextBatches(ShardedBatches):
     """Endless batches [local shards, ...] of numpy arrays: each text of the corpus once an epoch, in an order that is new each time.
 
     `item_ids` and `examples` are rows of `tokens`; `targets` and `weights` say that there is no query.
@@ -66,17 +65,9 @@ class TextBatches(grain.IterDataset):
         # A batch may lie across the end of an epoch, so two orders are kept. Grain's own shuffle costs more than packing the texts.
         self._order = functools.lru_cache(maxsize=2)(self._epoch)
 
-    def __iter__(self) -> TextIterator:
-        return TextIterator(self)
-
-    def examples_per_step(self, probe: int = 32) -> float:
-        """Texts that a global batch takes, measured over `probe` batches of shard 0 (or one epoch, if that is less)."""
-        stream = _Shard(self, 0)
-        batches = 0
-        while batches < probe and stream.next * self.spec.shards < self.examples_per_epoch:
-            stream.fill()
-            batches += 1
-        return (stream.next - len(stream.waiting)) / batches * self.spec.shards
+    def stream(self, shard: int) -> Stream:
+        """See `ShardedBatches`."""
+        return _Shard(self, shard)
 
     def example(self, position: int) -> int:
         """Position in the endless order -> row of `tokens`."""
@@ -116,15 +107,6 @@ class _Shard:
                 left.append(number)
         self.waiting = [*left, *queue]
         return part.batch(b.corruption, (b.seed, self._position(first), TRAINING))
-
-
-class TextIterator(BatchIterator):
-    """Iterator over `TextBatches`; its state is, per shard, the next text and those that wait."""
-
-    def __init__(self, batches: TextBatches):
-        grain.DatasetIterator.__init__(self)
-        self._batches = batches
-        self._shards = {g: _Shard(batches, g) for g in batches.shards}  # type: ignore[misc]
 
 
 def held_out_batches(

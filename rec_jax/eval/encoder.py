@@ -24,6 +24,7 @@ from rec_jax.towers.bert import init as init_text
 from rec_jax.types import Params, Ragged, RecJaxError
 
 BLOCK_TOKENS = 4096  # tokens of one forward pass over packed texts
+_said: set[str] = set()  # files of text vectors that a person was told of
 Say = Callable[[str], None]
 Encoder = tuple[Params, towers.BertSpec]
 
@@ -112,7 +113,9 @@ def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.Be
             table = np.load(f, allow_pickle=False)
         if table.shape != (len(tokens), spec.width):
             raise RecJaxError(f"{file} has shape {table.shape}, expected {(len(tokens), spec.width)}; remove it")
-        say(f"text vectors: found {file}")
+        if str(file) not in _said:
+            say(f"text vectors: found {file}")
+        _said.add(str(file))
         return table
     table = text_vectors(tokens, text_params, spec, config.batch.row_tokens, shared=shared)
     if jax.process_index() == 0:
@@ -122,4 +125,5 @@ def text_table(config: Any, tokens: Ragged, text_params: Params, spec: towers.Be
             np.save(f, table)
         temporary.replace(file)
     say(f"text vectors: {len(tokens):,} texts encoded, kept at {file}")
+    _said.add(str(file))
     return table

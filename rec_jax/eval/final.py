@@ -95,8 +95,9 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
         report.write_json(folder / "eval" / f"{split}.json", ranked.metrics)
     users = prepared.eval_set(split).users
     fingerprint = prepared.meta["fingerprint"]
-    for place in {folder, workdir} if stage in (None, whole.stages[-1] if whole.stages else None) else {folder}:
-        bootstrap.write_users(place, split, users, ranked.per_user, fingerprint=fingerprint)
+    bootstrap.write_users(folder, split, users, ranked.per_user, fingerprint=fingerprint)
+    if stage and stage == whole.stages[-1]:
+        bootstrap.write_users(workdir, split, users, ranked.per_user, fingerprint=fingerprint)
     return ranked.metrics, "texts" if config.batch.kind == "texts" else "ranking"
 
 
@@ -157,9 +158,13 @@ def _named(others: dict[str, Metrics], split: str) -> Metrics:
 
 
 def costs(workdir: epath.PathLike, *, say: Say = print) -> None:
-    """Says what each stage has cost and gained: seconds, parameters, the encoder's speed on this machine, share of the best stage kept."""
+    """Says what each stage has cost and left: minutes, parameters, the encoder's speed on this machine; of a student also the share that
+    it keeps of the NDCG@10 of the stage before, its teacher."""
     workdir, whole = epath.Path(workdir), read_config(workdir)
-    rows, speeds, sizes = {}, {}, {}
+    rows: dict[str, Metrics] = {}
+    speeds: dict[Any, float] = {}
+    sizes: dict[Any, int] = {}
+    before: Metrics = {}
     for stage in whole.stages:
         config = config_lib.for_stage(whole, stage)
         prepared, kept = prepare(config), json.loads((workdir / stage / "stage.json").read_text())
@@ -175,4 +180,7 @@ def costs(workdir: epath.PathLike, *, say: Say = print) -> None:
             "encoder (million)": sizes[encoder[1]] / 1e6,
             "texts/s": speeds[encoder[1]],
         } | {name: figures[f"test/{name}"] for name in ("ndcg@10", "hr@10", "auc") if f"test/{name}" in figures}
+        if config_lib.is_student(config) and before.get("ndcg@10") and not config.teacher.path:
+            rows[stage]["kept"] = rows[stage]["ndcg@10"] / before["ndcg@10"]
+        before = rows[stage]
     say(f"\nwhat each stage cost, and what it left\n{report.table(rows, best=False)}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
+from rec_jax import config as config_lib
 from rec_jax import towers
 from rec_jax.data import packing
 from rec_jax.eval.encoder import Say, encoder_of, text_table
 from rec_jax.eval.model import load
-from rec_jax.eval.workdir import read_config
+from rec_jax.eval.workdir import best_params, read_config
 from rec_jax.towers import two_tower
 from rec_jax.types import Params, Ragged, RecJaxError
 
@@ -58,6 +62,20 @@ def _trained(
         name = stage or (whole.stages[-1] if whole.stages else None)
         text_params = encoder_of(whole, workdir, name, trained.model.prepared)[0]
     return trained.model.spec, {k: v for k, v in trained.params.items() if k not in ("task", "text")}, text_params
+
+
+def mark_of(config: Any) -> str:
+    """A text that says which weights the teacher of `config.teacher.path` has: another training there gives another one."""
+    path = config.teacher.path
+    if _is_encoder(path):
+        return hashlib.sha256((config_lib.model_folder(path) / "model.safetensors").read_bytes()).hexdigest()
+    whole = read_config(path)
+    stage = config.teacher.stage or (whole.stages[-1] if whole.stages else "")
+    params, step = best_params(epath.Path(path) / stage if stage else epath.Path(path))
+    digest = hashlib.sha256(str(step).encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def towers_of_encoder(config: Any, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:

@@ -142,6 +142,7 @@ class LayerNorm(nn.Module):
 
 
 def drop(x: jax.Array, keys: jax.Array | None, name: str, rate: float) -> jax.Array:
+    """x [R, ...] -> [R, ...] with dropout of the sub-stream `name` of typed keys [R]; without keys x as it is."""
     return x if keys is None else dropout(x, fold(keys, name), rate)
 
 

@@ -8,6 +8,7 @@ these stages, those whose config or inputs have changed are run again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +25,8 @@ from rec_jax.data import corpus, text, text_batches, vocabulary
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import encoder as encoder_lib
-from rec_jax.eval import final, labelled
+from rec_jax.eval import final, labelled, teacher
 from rec_jax.eval import model as model_lib
-from rec_jax.eval.teacher import teacher_of
 from rec_jax.eval.workdir import best_params
 from rec_jax.serve.recommend import Recommender, as_text
 from rec_jax.towers import save_hf, two_tower
@@ -81,9 +81,8 @@ class _Run:
     def __init__(self, config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, on_disk: chain.Stages):
         self.config, self.workdir, self.mesh, self.on_disk = config, workdir, mesh, on_disk
         self.clock = _Clock(jax.process_index() == 0)
-        if config.stages:
-            chain.write_config(config, workdir)
-        else:
+        self.model: model_lib.Model | None = None  # of the stage that is trained
+        if not config.stages:
             chain.keep_config(config, workdir)
         self.clock.part("data")
         self.prepared: Prepared = prepare(config)
@@ -94,6 +93,10 @@ class _Run:
         self.last: Params | None = None
         for name in config.stages or ("",):
             self._check(self._config_of(name), name)
+        self.planned = self._plan()
+        if config.stages:
+            on_disk.check(self.planned)
+            chain.write_config(config, workdir)
         self.speed = plan.machine_speed()
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         kind = jax.devices()[0].device_kind
@@ -107,29 +110,55 @@ class _Run:
         student = _sizes_of_student(config, self.encoder)
         towers = model_lib.towers_of(config, self.prepared, student[1])
         made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
-        teacher = None
+        taught = None
         if any(o.teacher for o in made):
             if not config.teacher.path and name == (self.config.stages or ("",))[0]:
                 raise RecJaxError(f"stage {name!r} asks for a teacher, and none comes before it: set config.teacher.path")
-            teacher = model_lib.towers_of(config, self.prepared, self.encoder[1])
-            teacher = two_tower.with_encoder(teacher, config.teacher.source == "online")
-        stages.check(config, towers, student[0], self.mesh, teacher=teacher, labels=self._labels(config))
+            self._check_temperature(config, name)
+            taught = model_lib.towers_of(config, self.prepared, self.encoder[1])
+            taught = two_tower.with_encoder(taught, config.teacher.source == "online")
+        stages.check(config, towers, student[0], self.mesh, teacher=taught, labels=self._labels(config))
+
+    def _check_temperature(self, config: Any, name: str) -> None:
+        """The teacher's scores are over the temperature that it has learned, where the config gives none."""
+        if config.objectives.distill_kl.weight > 0 and not config.objectives.distill_kl.scale and not config.teacher.path:
+            names = self.config.stages
+            before = self._config_of(names[names.index(name) - 1]).objectives.info_nce
+            if not (before.weight > 0 and before.learn_temperature):
+                raise RecJaxError(
+                    f"config.objectives.distill_kl.scale=0 takes the temperature that the teacher has learned, but the stage before "
+                    f"{name!r} learns none: set config.objectives.distill_kl.scale, e.g. to 14"
+                )
+
+    def _plan(self) -> list[tuple[str, Any, str]]:
+        """Name, config and fingerprint of each stage: of its config, the data, the stages before it, and the files that it reads."""
+        out, mark = [], self.prepared.meta["fingerprint"]
+        for name in self.config.stages or ("",):
+            config = self._config_of(name)
+            inputs = []
+            if config.data.corpus.path and (config.batch.kind == "texts" or config.towers.text.path == "scratch"):
+                inputs.append(vocabulary.corpus_of(config, self.prepared).fingerprint)
+            if config.data.negatives:
+                inputs.append(hashlib.sha256(epath.Path(config.data.negatives).expanduser().read_bytes()).hexdigest())
+            if config.teacher.path:
+                inputs.append(teacher.mark_of(config))
+            mark = chain.fingerprint(config, mark, *inputs)
+            out.append((name, config, mark))
+        return out
 
     def _labels(self, config: Any) -> int:
         return len(self.prepared.impressions("train").tasks) if config.batch.kind == "impressions" else 0
 
     def all_stages(self) -> None:
         """Each stage of the config, in order."""
-        mark, names = self.prepared.meta["fingerprint"], list(self.config.stages or ("",))
-        for n, name in enumerate(names):
-            config, folder = self._config_of(name), self.workdir / name if name else self.workdir
-            before = names[n - 1] if n else None
-            mark = chain.fingerprint(config, mark)
-            title = name or "model"
+        before = None
+        for name, config, mark in self.planned:
+            folder, title = self.workdir / name if name else self.workdir, name or "model"
             if name and not self.on_disk.begin(name, config, mark):
                 self.clock.part(f"{title}: done before, from the same config and inputs")
                 self.encoder = encoder_lib.student_of(config, self.encoder, self.prepared)
                 self._follow(config, best_params(folder)[0])
+                before = name
                 continue
             processes.barrier(f"{title} begins")
             began = time.perf_counter()
@@ -140,6 +169,7 @@ class _Run:
             params, step = best_params(folder)
             self._keep(config, folder, params, step)
             self._follow(config, params)
+            before = name
             if name:
                 size = float(sum(int(np.size(x)) for x in jax.tree.leaves(task.params)))
                 self.on_disk.done(name, mark, {"seconds": time.perf_counter() - began, "parameters": size, "steps": float(task.loop.total)})
@@ -167,7 +197,6 @@ class _Run:
         """A stage, ready to be trained."""
         title, prepared, clock = name or "model", self.prepared, self.clock
         made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
-        self.model: model_lib.Model | None = None
         if config.batch.kind == "texts":
             return self._text_task(config, name, folder)
         row = config.batch.row_tokens
@@ -177,7 +206,7 @@ class _Run:
         clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
         table = any(o.table for o in made)
         self.model = model = model_lib.make_model(config, prepared, self.tokens, self.encoder, clock.say, candidates=table, shared=True)
-        taught = teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
+        taught = teacher.teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
         inputs = stages.Inputs(prepared, self.tokens, model.spec, self.encoder[0], model.table, self.last, *taught)
         batches = stages.make_batches(config, inputs, self.mesh)
         evaluate: loop.Evaluate = model.validate
@@ -215,9 +244,9 @@ class _Run:
         make = lambda: text_batches.held_out_batches(tokens, kept, stages.batch_spec(config), seed=config.seed, corruption=corruption)
         batches = stages.make_batches(config, inputs, self.mesh)
         task = stages.make_task(config, name, folder, inputs, batches, self.mesh, held_out.HeldOut(spec, stages.no_constants(), make))
-        self.clock.say(f"  {len(train):,} texts to train on, {len(kept):,} held out, {int(tokens.lengths().sum()):,} tokens")
         flops = plan.text_step_flops(task.spec, batches.spec)
         self._announce(name or "model", task, task.loop.total * flops / self.speed / plan.TEXT_SHARE)
+        self.clock.say(f"  {len(train):,} texts to train on, {len(kept):,} held out, {int(tokens.lengths().sum()):,} tokens")
         return task
 
     def _announce(self, title: str, task: loop.Task, expected: float) -> None:
@@ -236,11 +265,13 @@ class _Run:
         final.run(workdir, say=clock.say)
         if config.stages:
             final.costs(workdir, say=clock.say)
-        self._examples()
+        last = self.planned[-1][1]
+        if last.batch.kind == "histories":
+            self._examples()
         clock.part("done")
         curves = [str((workdir / name if name else workdir) / "metrics.jsonl") for name in config.stages or ("",)]
         clock.say(f"  figures {workdir / 'eval' / 'test.json'}, curves {', '.join(curves)}")
-        if self._config_of((config.stages or ("",))[-1]).batch.kind == "histories":
+        if last.batch.kind == "histories":
             clock.say(f'  recommend: python -m rec_jax.serve recommend --model={workdir} --history="TITLE" --k=10')
 
     def _examples(self) -> None:
@@ -255,7 +286,7 @@ class _Run:
 def _sizes_of_student(config: Any, encoder: encoder_lib.Encoder) -> encoder_lib.Encoder:
     """An encoder of the sizes that a stage's student has, for checks: its weights are made when the stage begins."""
     t, (params, spec) = config.towers.text, encoder
-    if not stages.is_student(config):
+    if not config_lib.is_student(config):
         return encoder
     layers = 0 if t.static else spec.layers if t.layers < 0 else t.layers
     return shrink(params, spec, layers=layers, width=t.width, key=jax.random.key(0))

@@ -34,7 +34,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def fingerprint(config: Any, *inputs: str) -> str:
-    """A stage's config and what it starts from (data, the stage before, the teacher) -> a text that only the same ones have."""
+    """A stage's config and what says what it starts from (data, the stage before, ...) -> a text that only the same ones have."""
     kept = json.loads(config_lib.to_json(config))
     for key in FREE_KEYS:
         *groups, name = key.split(".")
@@ -79,34 +79,42 @@ class Stages:
         if unknown:
             raise RecJaxError(f"--stages={','.join(chosen or ())}: no stage {unknown[0]!r}; the config has {', '.join(names) or 'none'}")
         self._workdir, self._names, self._chosen = workdir, tuple(names), None if chosen is None else set(chosen)
-        self._again: list[str] = []
+
+    def check(self, planned: Sequence[tuple[str, Any, str]]) -> None:
+        """Finds out whether all stages, each (name, config, fingerprint), may be run as they are asked for. Nothing is written.
+
+        A stage whose config or inputs have changed may be begun anew only if it was chosen, and with it all that started from it.
+
+        Raises:
+          RecJaxError: a stage was made otherwise and was not chosen, or is not done and others were chosen.
+        """
+        again: list[str] = []
+        for n, (name, config, mark) in enumerate(planned):
+            kept, chosen = self._read(name), self._chosen is not None and name in self._chosen
+            if kept is None and self._chosen is not None and not chosen:
+                raise RecJaxError(f"stage {name!r} is not done in {self._workdir}: run it first, or add it to --stages")
+            if kept is None or kept["fingerprint"] == mark:
+                continue
+            if not chosen:
+                changed = _changed(config, self._workdir / name) or [f"it started from another {' and '.join(again) or 'input'}"]
+                rest = ",".join([*again, *self._names[n:]])
+                raise RecJaxError(
+                    f"{self._workdir / name} was made otherwise ({'; '.join(changed[:5])}); to make it again: --stages={rest}, "
+                    "or use another --workdir"
+                )
+            again.append(name)
 
     def begin(self, name: str, config: Any, mark: str) -> bool:
         """Whether a stage is to be trained, or gone on with; False: it is done, from the same config and inputs. `mark`: its fingerprint.
 
-        A stage whose config or inputs have changed is begun anew only if it was chosen: then what it left is taken away first.
-
-        Raises:
-          RecJaxError: it was begun from something else and was not chosen, or is not done and others were chosen.
+        What a stage has left that was made otherwise is taken away first: `check` has seen to it that this was asked for.
         """
-        folder = self._workdir / name
-        kept = self._read(folder)
-        if kept is None:
-            if self._chosen is not None and name not in self._chosen:
-                raise RecJaxError(f"stage {name!r} is not done in {self._workdir}: run it first, or add it to --stages")
-        elif kept["fingerprint"] != mark:
-            changed = _changed(config, folder) or [f"it started from another {' or '.join(self._again) or 'input'}"]
-            if self._chosen is None or name not in self._chosen:
-                later = self._names[self._names.index(name) :]
-                raise RecJaxError(
-                    f"{folder} was made otherwise ({'; '.join(changed[:5])}); to make it again: --stages={','.join(later)}, "
-                    "or use another --workdir"
-                )
+        kept, folder = self._read(name), self._workdir / name
+        if kept is not None and kept["fingerprint"] != mark:
             if jax.process_index() == 0:
-                print(f"{name}: begun anew ({'; '.join(changed[:3])})", flush=True)
+                print(f"{name}: begun anew ({'; '.join(_changed(config, folder)[:3]) or 'its inputs have changed'})", flush=True)
                 folder.rmtree()
             kept = None
-            self._again.append(name)
         if kept is None:
             write_config(config, folder)
             _write(folder / FILE, json.dumps({"fingerprint": mark, "done": False}) + "\n")
@@ -117,8 +125,8 @@ class Stages:
         """Notes that a stage is done, and what it cost."""
         _write(self._workdir / name / FILE, json.dumps({"fingerprint": mark, "done": True, "cost": cost}, indent=1) + "\n")
 
-    def _read(self, folder: epath.Path) -> dict[str, Any] | None:
-        file = folder / FILE
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self._workdir / name / FILE
         return json.loads(file.read_text()) if file.exists() else None
 
 

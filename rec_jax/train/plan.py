@@ -54,12 +54,10 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
     if towers.encode:
         tokens = shards * batch.text_rows * batch.row_tokens
         total += passes * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False)
-    if towers.user == "id":
-        pass
-    elif towers.history is None:
+    if towers.user == "text":
         tokens = shards * batch.user_rows * batch.row_tokens
         total += 3.0 * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False) + 3.0 * queries * head
-    else:
+    elif towers.history is not None:
         h = towers.history
         total += 3.0 * queries * (h.layers * (8 * h.dim**2 + 4 * h.dim * h.mlp + 4 * batch.history_length * h.dim) + 4 * h.dim**2)
     total += passes * shards * batch.items * head + (3.0 * n_items * head if catalogue else 0.0)

@@ -154,7 +154,7 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
     params = fresh(config, spec, inputs.text_params, inputs.table if config.towers.item.whiten else None)
     if inputs.last is None:
         return params
-    student = is_student(config)
+    student = config_lib.is_student(config)
     skipped = ("text", "lora") + (("item",) if student else ())
     old = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(inputs.last)}
 
@@ -179,12 +179,6 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
                 )
                 params["ids"] = {"embedding": jnp.asarray(params["ids"]["embedding"]).at[: len(rest)].set(rest)}
     return params
-
-
-def is_student(config: Any) -> bool:
-    """Whether a stage's encoder is made smaller than the one it was given."""
-    t = config.towers.text
-    return t.layers >= 0 or t.width > 0 or t.static
 
 
 def packed_catalogue(tokens: Ragged, row_tokens: int, devices: int) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rec_jax.towers.two_tower import TwoTowerSpec
-from rec_jax.train.objectives import distill, info_nce, pairs, pretrain, task, views
+from rec_jax.train.objectives import base, distill, info_nce, pairs, pretrain, task, views
 from rec_jax.train.objectives.base import Objective, ramp_up, target_ids, targets
 from rec_jax.types import RecJaxError
 
@@ -78,6 +78,8 @@ def check(
             raise RecJaxError(f"{place} needs logged feedback: config.batch.kind='impressions'; it is {kind!r}")
         if o.teacher and teacher is None:
             raise RecJaxError(f"{place} needs a teacher: set config.teacher.path, or give the stage one before it")
+        if o.name == "distill_kl" and not o.spec.scale and not any(name == base.TEMPERATURE for p in objectives for name, _ in p.scalars):
+            raise RecJaxError(f"{place}.scale=0 takes the learned temperature of info_nce, which is not learned here: set {place}.scale")
         if o.layers:
             _check_layers(place, towers, teacher)
         if o.queue and (o.queue < batch or o.queue % batch):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from rec_jax.types import Batch, Context, Outputs, RecJaxError
 
+TEMPERATURE = "info_nce_log_temperature"  # the learned scalar that scores of users and items are divided by
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:

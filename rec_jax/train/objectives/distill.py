@@ -91,9 +91,9 @@ def logit_scale(scalars: Any, fixed: float, place: str) -> Any:
     """
     if fixed:
         return fixed
-    if "info_nce_log_temperature" not in scalars:
+    if base.TEMPERATURE not in scalars:
         raise RecJaxError(f"{place}.scale=0 takes the learned temperature of info_nce, which is not there: set {place}.scale, e.g. to 14")
-    return jnp.exp(-scalars["info_nce_log_temperature"])
+    return jnp.exp(-scalars[base.TEMPERATURE])
 
 
 def kl(outputs: Outputs, batch: Batch, context: Context, spec: KLSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -108,7 +108,7 @@ def kl(outputs: Outputs, batch: Batch, context: Context, spec: KLSpec) -> tuple[
     else:
         items, teacher_items = base.targets(outputs, batch), base.targets(taught, batch)
         options = {"item_mask": base.flat(batch.weights) > 0, "mesh": context.mesh, "axis": context.axes}
-    learned = "info_nce_log_temperature" in context.teacher_scalars
+    learned = base.TEMPERATURE in context.teacher_scalars
     loss = weighted_kl_over_candidates(
         base.flat(outputs.user),
         items,
@@ -146,7 +146,7 @@ def rank(outputs: Outputs, batch: Batch, context: Context, spec: DrawnSpec) -> t
     Reference: Reddi et al., "RankDistil" (2021); Tang & Wang, "Ranking Distillation" (2018).
     """
     scores = [jnp.concatenate([p[:, None], n], axis=1) for p, n in (_drawn(outputs, batch), _drawn(base.taught(context), batch))]
-    scale = jnp.exp(-context.scalars["info_nce_log_temperature"]) if "info_nce_log_temperature" in context.scalars else 1.0
+    scale = jnp.exp(-context.scalars[base.TEMPERATURE]) if base.TEMPERATURE in context.scalars else 1.0
     losses = rank_order_loss(scores[0] * scale, scores[1], top=spec.top or None)
     loss = jnp.sum(losses * base.mean_weights(batch))
     return loss, {"distill_rank": loss}

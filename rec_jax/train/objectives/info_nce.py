@@ -77,7 +77,7 @@ def temperature(scalars: Mapping[str, jax.Array], spec: InfoNCESpec) -> jax.Arra
     """The temperature in use, learned within its bounds or fixed."""
     if not spec.learn_temperature:
         return spec.temperature
-    return base.bounded(jnp.exp(scalars["info_nce_log_temperature"]), spec.min_temperature, spec.max_temperature)
+    return base.bounded(jnp.exp(scalars[base.TEMPERATURE]), spec.min_temperature, spec.max_temperature)
 
 
 def next_places(batch: Batch, positives: int) -> jax.Array:
@@ -232,7 +232,7 @@ def make(weight: float, keys: dict[str, Any]) -> base.Objective:
         weight=weight,
         spec=spec,
         function=info_nce,
-        scalars=(("info_nce_log_temperature", math.log(spec.temperature)),) if spec.learn_temperature else (),
+        scalars=((base.TEMPERATURE, math.log(spec.temperature)),) if spec.learn_temperature else (),
         catalogue=spec.candidates == "catalogue",
         uniform=spec.uniform,
         queue=spec.queue,

@@ -164,10 +164,12 @@ def preference(outputs: Outputs, batch: Batch, context: Context, spec: Preferenc
     Reference: Rafailov et al., "Direct Preference Optimization" (2023), eq. 7; Chen et al., "On Softmax Direct Preference Optimization for
     Recommendation" (2024).
     """
+    if batch.negatives is None:
+        raise RecJaxError("config.objectives.preference.weight is above 0, but batches have no mined negatives: set config.data.negatives")
     places = jnp.asarray(batch.negatives)
 
     def scores(made: Outputs, scalars: Any) -> tuple[jax.Array, jax.Array]:
-        scale = jnp.exp(-scalars["info_nce_log_temperature"]) if "info_nce_log_temperature" in scalars else 1.0
+        scale = jnp.exp(-scalars[base.TEMPERATURE]) if base.TEMPERATURE in scalars else 1.0
         target = jnp.einsum("gqd,gqd->gq", made.user, base.lookup(made.item, batch.targets))
         others = jnp.einsum("gqd,gqkd->gqk", made.user, base.lookup(made.item, places))
         return base.flat(target) * scale, base.flat(others) * scale
