@@ -174,6 +174,11 @@ def check(config: ConfigDict) -> None:
         steps(get(config, key), f"config.{key}", steps_per_epoch=1, examples_per_step=1, total=1)
     if str(config.train.duration).strip().endswith("percent"):
         raise RecJaxError(f"config.train.duration={config.train.duration!r}: expected steps, epochs or examples, e.g. '30 epochs'")
+    start = config.start
+    if not 0 <= start.replay <= 1:
+        raise RecJaxError(f"config.start.replay={start.replay!r}: must be between 0 (only new data) and 1 (all data as it comes)")
+    if not start.path and (start.stage or start.replay != 1):
+        raise RecJaxError("config.start.stage and config.start.replay belong to a trained workdir: set config.start.path")
     for name in config.stages:
         for_stage(config, name)  # checks it now, not after hours of the stages before
 
@@ -250,6 +255,20 @@ def from_json(text: str) -> ConfigDict:
         raise RecJaxError(f"this is no config as a workdir keeps it (config.json): {e}") from e
     check(config)
     return config.lock()
+
+
+def read_config(workdir: epath.PathLike) -> ConfigDict:
+    """The config that a workdir keeps.
+
+    Raises:
+      RecJaxError: no such workdir.
+    """
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        raise RecJaxError(
+            f"{workdir} is no workdir: it has no config.json; train first: python -m rec_jax.train --config=... --workdir={workdir}"
+        )
+    return from_json(file.read_text())
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

@@ -109,6 +109,12 @@ def defaults() -> ConfigDict:
     c.towers.task.dropout = 0.0
     c.towers.task.scale = 10.0  # of the dot product at the start
 
+    c.start = ConfigDict()  # goes on from a trained workdir, on data with new events, users and items
+    c.start.path = ""  # that workdir; its towers are what the first stage starts from. "" = fresh towers
+    c.start.stage = ""  # of that workdir; "" = the last
+    # Share of the windows without new events that an epoch takes, others in each; 1 = all data as it comes, 0 = only what is new
+    c.start.replay = 1.0
+
     c.teacher = ConfigDict()  # whom the distillation's objectives ask
     c.teacher.path = ""  # a workdir, or a Hugging Face folder (then its text vectors alone teach); "" = the stage before
     c.teacher.stage = ""  # of that workdir; "" = the last

@@ -77,7 +77,8 @@ def test_an_unknown_stage_is_named(epath_tmp):
 
 
 def test_a_run_without_stages_keeps_its_config(epath_tmp):
-    chain.keep_config(tiny.config(), epath_tmp)
-    chain.keep_config(tiny.config(**{"mesh.data": 1}), epath_tmp)
+    chain.check_config(tiny.config(), epath_tmp)
+    chain.write_config(tiny.config(), epath_tmp)
+    chain.check_config(tiny.config(**{"mesh.data": 1}), epath_tmp)
     with pytest.raises(RecJaxError, match="begun with another config .config.seed: 0 there, 7 now"):
-        chain.keep_config(tiny.config(seed=7), epath_tmp)
+        chain.check_config(tiny.config(seed=7), epath_tmp)

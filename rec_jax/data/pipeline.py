@@ -66,6 +66,67 @@ class _Source:
         return user, items[w.start[index] : w.stop[index]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How much of the data that an earlier run was trained on comes again; a window is new if it predicts an event that is.
+
+    Attributes:
+      share: of the other windows, how many an epoch takes; the next epochs take others until all have had their turn.
+      new: [E] bool, which train events are new, user by user, oldest first.
+    """
+
+    share: float
+    new: np.ndarray
+
+    def turns(self, windows: Windows, train_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """The new windows, the others, and how many of the others an epoch takes.
+
+        Raises:
+          RecJaxError: flags of other events, no new window.
+        """
+        first = np.concatenate([[0], np.cumsum(train_lengths, dtype=np.int64)])
+        before = np.concatenate([[0], np.cumsum(self.new, dtype=np.int64)])  # new events before each place
+        if len(self.new) != first[-1]:
+            raise RecJaxError(f"{len(self.new)} flags of new events for {first[-1]} train events")
+        start = first[windows.user]
+        new = before[start + windows.stop] > before[start + windows.start + 1]  # a window never predicts its first event
+        if not new.any() and self.share < 1:
+            raise RecJaxError(
+                f"config.start.replay={self.share}: no window predicts an event that the old workdir was not trained on; "
+                "set it to 1.0, or look at config.data.path"
+            )
+        others = np.flatnonzero(~new)
+        return np.flatnonzero(new), others, round(self.share * len(others))
+
+
+class _Order:
+    """The endless order of windows by position, a new one each epoch; random access.
+
+    Args:
+      records, windows: what there is.
+      seed: of the order.
+      turns: of `Replay`; None = every window each epoch.
+    """
+
+    def __init__(self, records: Any, windows: Windows, seed: int, turns: tuple[np.ndarray, np.ndarray, int] | None):
+        self._source, self._turns = _Source(records, windows), turns
+        self.per_epoch = len(windows) if turns is None else len(turns[0]) + turns[2]
+        shuffled = lambda size: grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+        self._places = shuffled(self.per_epoch)
+        self._others = shuffled(len(turns[1])) if turns is not None and turns[2] else None
+
+    def __getitem__(self, position: int) -> tuple[int, np.ndarray]:
+        place = int(self._places[position])
+        if self._turns is None:
+            return self._source[place]
+        always, others, count = self._turns
+        if place < len(always):
+            return self._source[int(always[place])]
+        assert self._others is not None
+        turn = position // self.per_epoch * count + place - len(always)
+        return self._source[int(others[int(self._others[turn])])]
+
+
 class Stream(Protocol):
     """One shard's part of the endless order: its next example and those that wait, by their number within the shard."""
 
@@ -119,10 +180,11 @@ class Batches(ShardedBatches):
       seed: of the order, a new one each epoch.
       texts: tokens of each catalogue item, with [CLS] and [SEP]; needed where texts are encoded.
       negatives: [U, K] int32, mined negatives of each user, -1 is none; they travel in `Batch.negatives`.
+      replay: what is new, and how much of the rest comes; None = all.
       shards: the global shards that this process makes; all by default.
 
     Raises:
-      RecJaxError: nothing to train on, a text or a window that no budget holds, negatives of other users.
+      RecJaxError: nothing to train on, or nothing new; a text or a window that no budget holds, negatives of other users.
     """
 
     def __init__(
@@ -134,6 +196,7 @@ class Batches(ShardedBatches):
         seed: int,
         texts: Ragged | None = None,
         negatives: np.ndarray | None = None,
+        replay: Replay | None = None,
         shards: range | None = None,
     ):
         super().__init__()
@@ -145,10 +208,12 @@ class Batches(ShardedBatches):
                 raise RecJaxError(f"negatives {negatives.shape}: expected [U, K] with U = {len(train_lengths)} users")
             spec = spec.with_negatives(negatives.shape[1], float((windows.stop - windows.start - 1).mean()))
         self.spec, self.seed, self.texts, self.negatives = spec, seed, texts, negatives
-        self.examples_per_epoch = len(windows)
         self.shards = range(spec.shards) if shards is None else shards
         self._check(windows)
-        self._order = grain.MapDataset.source(_Source(records, windows)).seed(seed).shuffle().repeat()
+        turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths))
+        self._windows, self._lengths, self._turns = windows, np.asarray(train_lengths, np.int64), turns
+        self._order = _Order(records, windows, seed, turns)
+        self.examples_per_epoch = self._order.per_epoch
 
     def _check(self, windows: Windows) -> None:
         s = self.spec
@@ -176,6 +241,18 @@ class Batches(ShardedBatches):
     def stream(self, shard: int) -> Stream:
         """See `ShardedBatches`."""
         return _Shard(self, shard)
+
+    def times_predicted(self) -> np.ndarray:
+        """How often an epoch predicts each train event, on average [E] float64, user by user; a user's first event never."""
+        w, times = self._windows, np.ones(len(self._windows))
+        if self._turns is not None:
+            _, others, count = self._turns
+            times[others] = count / max(1, len(others))
+        first = (np.cumsum(self._lengths) - self._lengths)[w.user]
+        edges = np.zeros(int(self._lengths.sum()) + 1)
+        np.add.at(edges, first + w.start + 1, times)
+        np.add.at(edges, first + w.stop, -times)
+        return np.cumsum(edges[:-1])
 
     def example(self, position: int) -> tuple[int, np.ndarray]:
         """Position in the endless order -> (row of the users table, items of the window)."""

@@ -68,6 +68,11 @@ def prepare(config: Any) -> Prepared:
     return open_prepared(folder)
 
 
+def fingerprint_of(config: Any) -> str:
+    """What `prepare` knows the input and settings of `config.data` by."""
+    return _identify(config)[1]
+
+
 def open_prepared(folder: epath.PathLike) -> Prepared:
     """A folder that `prepare` has made -> Prepared.
 

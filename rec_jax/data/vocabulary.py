@@ -20,6 +20,7 @@ from rec_jax.data import folders
 from rec_jax.data.augment import Words
 from rec_jax.data.corpus import Corpus, ItemTexts, TextFiles
 from rec_jax.data.prepare import Prepared
+from rec_jax.data.start import start_of
 from rec_jax.data.text import item_tokens
 from rec_jax.types import Ragged, RecJaxError
 
@@ -170,10 +171,16 @@ def corpus_of(config: Any, prepared: Prepared) -> Corpus:
 
 
 def tokenizer_of(config: Any, prepared: Prepared) -> str:
-    """Who has the tokenizer: `config.data.text.tokenizer`, the encoder's folder, or, from scratch, a vocabulary made of the corpus."""
+    """Who has the tokenizer: `config.data.text.tokenizer`, the encoder's folder, or, from scratch, a vocabulary made of the corpus.
+
+    A run that goes on from another (`config.start`) has that one's words.
+    """
     text_tower = config.towers.text
     if config.data.text.tokenizer or text_tower.path != "scratch":
         return config.data.text.tokenizer or text_tower.path
+    if config.start.path:
+        start = start_of(config)
+        return tokenizer_of(start.whole, start.prepared)
     corpus, cache = corpus_of(config, prepared), config_lib.cache_dir(config)
     return str(vocabulary(corpus, size=text_tower.scratch.words, cache=cache))
 

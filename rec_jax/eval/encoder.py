@@ -18,7 +18,8 @@ from rec_jax import mesh as mesh_lib
 from rec_jax import processes, towers
 from rec_jax.data import packing, text, vocabulary
 from rec_jax.data.prepare import Prepared
-from rec_jax.eval.workdir import best_params
+from rec_jax.data.start import kept, start_of
+from rec_jax.eval.workdir import best_params, mark_of
 from rec_jax.towers import lora, student, two_tower
 from rec_jax.towers.bert import init as init_text
 from rec_jax.types import Params, Ragged, RecJaxError
@@ -30,8 +31,15 @@ Encoder = tuple[Params, towers.BertSpec]
 
 
 def load_encoder(config: Any, prepared: Prepared) -> Encoder:
-    """The encoder that the config names: pretrained, or of random weights for the words of its corpus."""
+    """The encoder that the config names: pretrained, of random weights for the words of its corpus, or as `config.start` has left it."""
     t = config.towers.text
+    if config.start.path:
+        start = start_of(config)
+        data = start.prepared if t.path == "scratch" else prepared  # only words made of a corpus depend on the data
+        encoder = encoder_of(start.whole, start.workdir, start.stage, data)
+        if start.config.towers.text.source == "tokens":
+            encoder = trained_text(start.config, best_params(start.folder)[0]), encoder[1]
+        return encoder
     if t.path != "scratch":
         return towers.load_hf(t.path)
     words = text.load_tokenizer(vocabulary.tokenizer_of(config, prepared)).get_vocab_size()
@@ -57,7 +65,18 @@ def student_of(config: Any, encoder: Encoder, prepared: Prepared) -> Encoder:
 
 
 def encoder_of(whole: Any, workdir: epath.Path, name: str | None, prepared: Prepared) -> Encoder:
-    """The encoder that a stage begins with, as the stages before it have left it and its own config makes it smaller."""
+    """The encoder that a stage begins with, as the stages before it have left it and its own config makes it smaller.
+
+    Raises:
+      RecJaxError: the workdir went on from another one (`config.start`), which has been trained again since.
+    """
+    if whole.start.path:
+        start = start_of(whole)
+        if kept(workdir).get("start") != mark_of(start.folder):
+            raise RecJaxError(
+                f"{workdir} goes on from {start.folder}, which has been trained again since: bring back its checkpoints, or train "
+                "this one again"
+            )
     encoder = load_encoder(whole, prepared)
     if name is None:
         return student_of(whole, encoder, prepared)

@@ -6,16 +6,15 @@ import dataclasses
 import hashlib
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import towers
 from rec_jax.data import packing
+from rec_jax.eval import workdir as workdir_lib
 from rec_jax.eval.encoder import Say, encoder_of, text_table
 from rec_jax.eval.model import load
-from rec_jax.eval.workdir import best_params, read_config
+from rec_jax.eval.workdir import read_config
 from rec_jax.towers import two_tower
 from rec_jax.types import Params, Ragged, RecJaxError
 
@@ -71,11 +70,7 @@ def mark_of(config: Any) -> str:
         return hashlib.sha256((config_lib.model_folder(path) / "model.safetensors").read_bytes()).hexdigest()
     whole = read_config(path)
     stage = config.teacher.stage or (whole.stages[-1] if whole.stages else "")
-    params, step = best_params(epath.Path(path) / stage if stage else epath.Path(path))
-    digest = hashlib.sha256(str(step).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    return workdir_lib.mark_of(epath.Path(path) / stage if stage else epath.Path(path))
 
 
 def towers_of_encoder(config: Any, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:

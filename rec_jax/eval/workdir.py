@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from rec_jax import config as config_lib
 from rec_jax.checkpoint import Checkpoints
+from rec_jax.config import read_config
 from rec_jax.types import Params, RecJaxError
 
-
-def read_config(workdir: epath.PathLike) -> Any:
-    """The config that a workdir keeps.
-
-    Raises:
-      RecJaxError: no such workdir.
-    """
-    file = epath.Path(workdir) / "config.json"
-    if not file.exists():
-        raise RecJaxError(
-            f"{workdir} is no workdir: it has no config.json; train first: python -m rec_jax.train --config=... --workdir={workdir}"
-        )
-    return config_lib.from_json(file.read_text())
+__all__ = ["best_params", "mark_of", "read_config"]
 
 
 def best_params(folder: epath.PathLike) -> tuple[Params, int]:
@@ -51,3 +41,16 @@ def best_params(folder: epath.PathLike) -> tuple[Params, int]:
         return jax.device_get(checkpoints.restore(best, like, part=True)["params"]), best
     finally:
         checkpoints.close()
+
+
+def mark_of(folder: epath.PathLike) -> str:
+    """A text that says which weights a stage folder has: another training there gives another one.
+
+    Raises:
+      RecJaxError: no checkpoint there.
+    """
+    params, step = best_params(folder)
+    digest = hashlib.sha256(str(step).encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

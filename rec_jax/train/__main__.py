@@ -22,16 +22,18 @@ from rec_jax import mesh as mesh_lib
 from rec_jax import processes
 from rec_jax.cli import main_of
 from rec_jax.data import corpus, text, text_batches, vocabulary
+from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
+from rec_jax.data.pipeline import Replay, Windows
 from rec_jax.data.prepare import Prepared, prepare
+from rec_jax.eval import continual, final, labelled, teacher
 from rec_jax.eval import encoder as encoder_lib
-from rec_jax.eval import final, labelled, teacher
 from rec_jax.eval import model as model_lib
-from rec_jax.eval.workdir import best_params
+from rec_jax.eval.workdir import best_params, mark_of
 from rec_jax.serve.recommend import Recommender, as_text
 from rec_jax.towers import save_hf, two_tower
 from rec_jax.towers.student import shrink
-from rec_jax.train import chain, held_out, loop, objectives, plan, stages
+from rec_jax.train import carry, chain, held_out, loop, objectives, plan, stages
 from rec_jax.train.log import duration
 from rec_jax.types import Params, Ragged, RecJaxError
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = config_lib.parse_args(parser, argv)
     config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
     mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)  # bad ones are said before anything else is done
+    start_lib.check(config)
     chosen = None if args.stages is None else [name.strip() for name in args.stages.split(",") if name.strip()]
     on_disk = chain.Stages(workdir, config.stages, chosen)
     processes.start()
@@ -83,7 +86,7 @@ class _Run:
         self.clock = _Clock(jax.process_index() == 0)
         self.model: model_lib.Model | None = None  # of the stage that is trained
         if not config.stages:
-            chain.keep_config(config, workdir)
+            chain.check_config(config, workdir)
         self.clock.part("data")
         self.prepared: Prepared = prepare(config)
         counts = self.prepared
@@ -91,16 +94,37 @@ class _Run:
         self.tokens: Ragged = processes.first(lambda: vocabulary.catalogue_tokens(config, self.prepared))
         self.encoder = encoder_lib.load_encoder(config, self.prepared)
         self.last: Params | None = None
+        self.start: carry.Carried | None = None  # of the first stage
+        self.start_mark = ""
+        self.replay: Replay | None = None
+        self.difference: start_lib.Difference | None = None
+        if config.start.path:
+            self._go_on()
         for name in config.stages or ("",):
             self._check(self._config_of(name), name)
         self.planned = self._plan()
         if config.stages:
             on_disk.check(self.planned)
-            chain.write_config(config, workdir)
+        else:
+            start_lib.check_kept(workdir, self.prepared, start=self.start_mark)
+        chain.write_config(config, workdir)
+        start_lib.keep(workdir, self.prepared, start=self.start_mark, write=jax.process_index() == 0)
         self.speed = plan.machine_speed()
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         kind = jax.devices()[0].device_kind
         self.clock.say(f"  {jax.device_count()} x {kind}{several}, {self.speed / 1e9:,.0f} GFLOP/s in a large fp32 matmul")
+
+    def _go_on(self) -> None:
+        """Reads the workdir that the run goes on from, and finds out what is new."""
+        start, share = start_lib.start_of(self.config), self.config.start.replay
+        self.difference = new = start_lib.difference(self.prepared, start.prepared)
+        rows = {"items": new.items, "users": new.users}
+        self.start = carry.Carried(continual.params_of(start), rows, str(start.workdir))
+        self.start_mark, self.replay = mark_of(start.folder), Replay(share, new.events)
+        lengths = self.prepared.train_lengths()
+        self.replay.turns(Windows.of(lengths, None), lengths)  # finds out now whether there is anything new
+        counts = f"{(new.items < 0).sum():,} items, {(new.users < 0).sum():,} users, {new.events.sum():,} train events"
+        self.clock.say(f"  going on from {start.folder}; new: {counts}; {share:.0%} of the other windows come again")
 
     def _config_of(self, name: str) -> Any:
         return config_lib.for_stage(self.config, name) if name else self.config
@@ -117,7 +141,8 @@ class _Run:
             self._check_temperature(config, name)
             taught = model_lib.towers_of(config, self.prepared, self.encoder[1])
             taught = two_tower.with_encoder(taught, config.teacher.source == "online")
-        stages.check(config, towers, student[0], self.mesh, teacher=taught, labels=self._labels(config))
+        start = self.start if name == (self.config.stages or ("",))[0] else None
+        stages.check(config, towers, student[0], self.mesh, teacher=taught, labels=self._labels(config), start=start)
 
     def _check_temperature(self, config: Any, name: str) -> None:
         """The teacher's scores are over the temperature that it has learned, where the config gives none."""
@@ -133,6 +158,9 @@ class _Run:
     def _plan(self) -> list[tuple[str, Any, str]]:
         """Name, config and fingerprint of each stage: of its config, the data, the stages before it, and the files that it reads."""
         out, mark = [], self.prepared.meta["fingerprint"]
+        if self.config.start.path:
+            start = start_lib.start_of(self.config)
+            mark = hashlib.sha256(f"{mark} {self.start_mark} {start.prepared.meta['fingerprint']}".encode()).hexdigest()
         for name in self.config.stages or ("",):
             config = self._config_of(name)
             inputs = []
@@ -207,7 +235,18 @@ class _Run:
         table = any(o.table for o in made)
         self.model = model = model_lib.make_model(config, prepared, self.tokens, self.encoder, clock.say, candidates=table, shared=True)
         taught = teacher.teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
-        inputs = stages.Inputs(prepared, self.tokens, model.spec, self.encoder[0], model.table, self.last, *taught)
+        inputs = stages.Inputs(
+            prepared,
+            self.tokens,
+            model.spec,
+            self.encoder[0],
+            model.table,
+            self.last,
+            teacher=taught[0],
+            teacher_arrays=taught[1],
+            start=self.start if before is None else None,
+            replay=self.replay,
+        )
         batches = stages.make_batches(config, inputs, self.mesh)
         evaluate: loop.Evaluate = model.validate
         if config.batch.kind == "impressions":
@@ -266,6 +305,8 @@ class _Run:
         if config.stages:
             final.costs(workdir, say=clock.say)
         last = self.planned[-1][1]
+        if self.difference is not None:
+            self._compare(self.difference)
         if last.batch.kind == "histories":
             self._examples()
         clock.part("done")
@@ -273,6 +314,24 @@ class _Run:
         clock.say(f"  figures {workdir / 'eval' / 'test.json'}, curves {', '.join(curves)}")
         if last.batch.kind == "histories":
             clock.say(f'  recommend: python -m rec_jax.serve recommend --model={workdir} --history="TITLE" --k=10')
+
+    def _compare(self, difference: start_lib.Difference) -> None:
+        """What the run has gained and lost against the towers that it went on from, as they were, on the new catalogue."""
+        (_, config, _), (name, last, _) = self.planned[0], self.planned[-1]
+        if "impressions" in (config.batch.kind, last.batch.kind) or last.batch.kind == "texts":
+            self.clock.say("  what was gained and lost is told of rankings: the first and the last stage must be of histories")
+            return
+        assert self.start is not None
+        say, silent = self.clock.say, lambda _: None
+        encoder = encoder_lib.load_encoder(self.config, self.prepared)
+        model = model_lib.make_model(config, self.prepared, self.tokens, encoder, say)
+        table = model.table if config.towers.item.whiten else None
+        fresh = two_tower.init(jax.random.key(config.seed), model.spec, text_params=encoder[0], table=table)
+        params = two_tower.merged({**fresh, **carry.laid_out(self.start, fresh)}, model.spec)
+        trained, eval_set = model_lib.load(self.workdir, name or None, say=silent), self.prepared.eval_set("test")
+        before = model.rank(params, eval_set, name="test")
+        after = trained.model.rank(trained.params, eval_set, name="test", items=trained.items)
+        continual.compare(self.workdir, before, after, eval_set, difference, say=say)
 
     def _examples(self) -> None:
         if not self.config.eval.examples:

@@ -42,11 +42,13 @@ def fingerprint(config: Any, *inputs: str) -> str:
         for group in groups:
             node = node[group]
         node.pop(name)
+    if not kept["start"]["path"]:
+        kept.pop("start")  # what was trained before there was this key stays what it is
     return hashlib.sha256(json.dumps([kept, *inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep_config(config: Any, workdir: epath.Path) -> None:
-    """Writes `config.json` of a run without stages, or checks the one that is there.
+def check_config(config: Any, workdir: epath.Path) -> None:
+    """Checks the `config.json` of a run without stages, where there is one.
 
     Raises:
       RecJaxError: the workdir belongs to another config; names the keys that differ.
@@ -54,7 +56,6 @@ def keep_config(config: Any, workdir: epath.Path) -> None:
     changed = _changed(config, workdir)
     if changed:
         raise RecJaxError(f"{workdir} was begun with another config ({'; '.join(changed[:5])}); use another --workdir")
-    write_config(config, workdir)
 
 
 def write_config(config: Any, folder: epath.Path) -> None:

@@ -17,12 +17,12 @@ from rec_jax.data.augment import Corruption
 from rec_jax.data.draft import BatchSpec
 from rec_jax.data.impression_batches import ImpressionBatches, ImpressionSpec
 from rec_jax.data.packing import pack_texts
-from rec_jax.data.pipeline import Batches
+from rec_jax.data.pipeline import Batches, Replay
 from rec_jax.data.prepare import Prepared
 from rec_jax.data.text_batches import TextBatches, text_spec
 from rec_jax.towers import heads, pretraining, two_tower
 from rec_jax.towers.dropout import fold
-from rec_jax.train import loop, objectives
+from rec_jax.train import carry, loop, objectives
 from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.optimizer import OptimizerSpec
 from rec_jax.train.step import init_scalars, log_frequencies, make_spec
@@ -46,6 +46,8 @@ class Inputs:
       teacher_arrays: {"params", "table"} of the teacher, or None.
       corpus: tokens of the corpus, the rows to train on, the rows held out; only for batches of texts.
       corruption: what is hidden or deleted in them.
+      start: what another workdir has left, in the first stage of a run that goes on from it; then `last` is None.
+      replay: what is new against that workdir's data, and how much of the rest comes.
     """
 
     prepared: Prepared
@@ -58,6 +60,8 @@ class Inputs:
     teacher_arrays: dict[str, Any] | None = None
     corpus: tuple[Ragged, np.ndarray, np.ndarray] | None = None
     corruption: Corruption | None = None
+    start: carry.Carried | None = None
+    replay: Replay | None = None
 
 
 def make_step(
@@ -87,16 +91,20 @@ def check(
     *,
     teacher: two_tower.TwoTowerSpec | None = None,
     labels: int = 0,
+    start: carry.Carried | None = None,
 ) -> None:
-    """Finds out, before anything is compiled, whether a stage's batch and parameters fit the mesh.
+    """Finds out, before anything is compiled, whether a stage's batch and parameters fit the mesh and what the stage starts from.
 
     Raises:
-      RecJaxError: shards that the devices do not divide, a parameter without a rule, or one that its rule does not divide.
+      RecJaxError: shards that the devices do not divide, a parameter without a rule, or one that its rule does not divide; towers that
+        are not those of the workdir to go on from.
     """
     mesh_lib.check_shards(config.batch.shards, mesh)
     spec = make_step(config, towers, batch_spec(config), teacher=teacher, labels=labels)
     shapes = jax.eval_shape(lambda t: fresh(config, spec, t, None), text_params)
     mesh_lib.shardings(shapes, mesh_lib.rules_of(config.mesh.layout, config.mesh.rules), mesh)
+    if start is not None:
+        carry.check(start, shapes)
 
 
 def batch_spec(config: Any) -> Any:
@@ -123,7 +131,8 @@ def make_batches(config: Any, inputs: Inputs, mesh: jax.sharding.Mesh) -> Any:
     if file:
         mined = negatives.read(file, fingerprint=prepared.meta["fingerprint"], users=prepared.n_users, items=prepared.n_items)
     lengths = prepared.train_lengths()
-    return Batches(prepared.source(), lengths, spec, seed=config.seed, texts=inputs.tokens, negatives=mined, shards=shards)
+    texts, replay = inputs.tokens, inputs.replay
+    return Batches(prepared.source(), lengths, spec, seed=config.seed, texts=texts, negatives=mined, replay=replay, shards=shards)
 
 
 def fresh(config: Any, spec: StepSpec, text_params: Params, table: np.ndarray | None) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def fresh(config: Any, spec: StepSpec, text_params: Params, table: np.ndarray | 
 
 
 def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
-    """Initial parameters of a stage: fresh ones, with those of the stages before laid over them where name and shape agree.
+    """Initial parameters of a stage: fresh ones, with those of the stages or the workdir before laid over them where names agree.
 
     The encoder's are `inputs.text_params`. A student's item head begins as the linear map that takes its text vectors nearest to its
     teacher's, for they mean something else than the teacher's; its items' own vectors begin as what that leaves. So it begins with its
@@ -152,11 +161,12 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
       RecJaxError: a stage before has a parameter of the same name and another shape, and none of both is a student.
     """
     params = fresh(config, spec, inputs.text_params, inputs.table if config.towers.item.whiten else None)
-    if inputs.last is None:
+    last = inputs.last if inputs.start is None else carry.laid_out(inputs.start, params)
+    if last is None:
         return params
     student = config_lib.is_student(config)
     skipped = ("text", "lora") + (("item",) if student else ())
-    old = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(inputs.last)}
+    old = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(last)}
 
     def take(path: Any, new: Any) -> Any:
         name = mesh_lib.path_name(path)
@@ -239,14 +249,22 @@ def make_task(
     devices = mesh_lib.devices_along(mesh, mesh_lib.BATCH_AXES)
     constants = Constants(
         table=inputs.table,
-        log_q=np.asarray(log_frequencies(inputs.prepared.item_counts())),
+        log_q=np.asarray(log_frequencies(_target_counts(config, inputs, batches))),
         teacher=inputs.teacher_arrays if spec.teacher is not None else None,
         texts=packed_catalogue(inputs.tokens, config.batch.row_tokens, devices) if every else None,
     )
     rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
     params = make_params(config, spec, inputs)
-    continues = inputs.last is not None and spec.kind == "users"
+    continues = (inputs.last is not None or inputs.start is not None) and spec.kind == "users"
     return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, continues)
+
+
+def _target_counts(config: Any, inputs: Inputs, batches: Any) -> np.ndarray:
+    """How often each item is a training target [N], up to a factor."""
+    if inputs.replay is None or inputs.replay.share == 1 or config.batch.kind != "histories":
+        return inputs.prepared.item_counts()
+    items = inputs.prepared.train_histories().flat
+    return np.bincount(items, weights=batches.times_predicted(), minlength=inputs.prepared.n_items)
 
 
 def no_constants() -> Constants:

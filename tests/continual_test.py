@@ -1,0 +1,391 @@
+"""Going on from a trained workdir with new events, users and items."""
+
+import collections
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from rec_jax import config as config_lib
+from rec_jax.data import pipeline, prepare, start, vocabulary
+from rec_jax.eval import continual, model, rankings
+from rec_jax.eval import encoder as encoder_lib
+from rec_jax.train import __main__ as command
+from rec_jax.train import carry, chain, stages
+from rec_jax.types import EvalSet, Ragged, RecJaxError
+
+# -- what is new --
+
+OLD = ["a 1 2 3 4 5", "b 2 3 4 5 1", "c 5 4 3 2"]  # the last two events of each are validation and test
+NEW = ["z 9 1 2 9", "a 1 2 3 4 5 6 9", "c 5 4 3 2", "b 9 2 3 4 5 1"]  # item 9 comes first now; b has an event before all others
+
+
+def prepared_of(folder, lines, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "events.txt").write_text("\n".join(lines) + "\n")
+    c = config_lib.defaults()
+    c.data.update({"reader": "sequences", "path": str(folder / "events.txt")})
+    c.data.on_bad.update({"empty_text": "keep", "duplicate_event": "keep"})
+    c.data.update(changes)
+    return prepare.prepare(c)
+
+
+def test_difference_goes_by_ids(tmp_path):
+    old, new = prepared_of(tmp_path / "old", OLD), prepared_of(tmp_path / "new", NEW)
+    d = start.difference(new, old)
+    assert {i: old.item_ids()[n] if n >= 0 else None for i, n in zip(new.item_ids(), d.items, strict=True)} == {
+        **{i: i for i in "12345"},
+        **dict.fromkeys("69"),
+    }
+    names = new.users()["user"].to_list()
+    assert {u: int(n) for u, n in zip(names, d.users, strict=True)} == {"z": -1, "a": 0, "b": 1, "c": 2}
+    assert dict(zip(names, d.active.tolist(), strict=True)) == {"z": True, "a": True, "b": True, "c": False}
+    flags = Ragged(d.events, new.train_histories().offsets)
+    # a was trained on 1 2 3, and 4 and 5 move into its train events; b's 9 is new; 2 3 4 was trained on.
+    expected = {"z": [True, True], "a": [False, False, False, True, True], "b": [True, False, False, False], "c": [False, False]}
+    assert {u: flags[n].tolist() for n, u in enumerate(names)} == expected
+
+
+def test_an_event_that_comes_again_is_new(tmp_path):
+    old, new = prepared_of(tmp_path / "old", ["a 1 1 2 3 4"]), prepared_of(tmp_path / "new", ["a 1 1 1 2 3 4"])
+    assert start.difference(new, old).events.tolist() == [False, False, True, False]
+
+
+# -- rows and shapes --
+
+
+def carried(items, users, **changes):
+    c = tiny.config(**{"towers.item.ids": True, **changes})
+    step = stages.make_step(c, spec_of(c), pipeline.BatchSpec.from_config(c))
+    old = stages.fresh(c, step, None, tiny.table())
+    old["ids"]["embedding"] = jax.random.normal(jax.random.key(5), (256, 8))
+    old["users"] = {"embedding": jax.random.normal(jax.random.key(6), (256, 8))}
+    return carry.Carried(jax.device_get(old), {"items": np.array(items), "users": np.array(users)}, "runs/old")
+
+
+def spec_of(c, n_items=tiny.N_ITEMS):
+    return stages.two_tower.make_spec(c.towers, tiny.bert_spec(), texts_per_row=8, n_items=n_items)
+
+
+def test_rows_go_with_their_ids_and_new_ones_are_fresh():
+    items = np.random.default_rng(0).permutation(np.concatenate([np.arange(60), np.full(240, -1)]))
+    users = np.array([3, -1, 0])
+    old = carried(items, users)
+    c = tiny.config(**{"towers.item.ids": True})
+    step = stages.make_step(c, spec_of(c, 300), pipeline.BatchSpec.from_config(c))
+    fresh = stages.fresh(c, step, None, None)
+    fresh["users"] = {"embedding": jax.random.normal(jax.random.key(7), (256, 8))}
+    out = carry.laid_out(old, fresh)
+    ids, users_out = np.asarray(out["ids"]["embedding"]), np.asarray(out["users"]["embedding"])
+    assert ids.shape == (512, 8)
+    for row, place in enumerate(items):
+        np.testing.assert_array_equal(ids[row], old.params["ids"]["embedding"][place] if place >= 0 else np.zeros(8))
+    assert not ids[300:].any()
+    np.testing.assert_array_equal(users_out[[0, 2]], old.params["users"]["embedding"][[3, 0]])
+    np.testing.assert_array_equal(users_out[1], fresh["users"]["embedding"][1])
+    same = jax.tree.map(np.array_equal, out["user"], old.params["user"])
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"towers.dim": 16}, r"ids/embedding is \(256, 8\) in runs/old .* and \(256, 16\) in this run"),
+        ({"towers.user.layers": 3}, r"user/.* is absent in runs/old .* and \(.*\) in this run"),
+        ({"towers.item.ids": False}, r"ids/embedding is \(256, 8\) in runs/old .* and absent in this run"),
+        ({"towers.item.head": "mlp"}, r"item/.* is .* in runs/old"),
+    ],
+)
+def test_towers_that_do_not_fit_are_named_with_both_shapes(changes, message):
+    old = carried(np.arange(60), np.arange(3))
+    old = carry.Carried({k: v for k, v in old.params.items() if k != "users"}, old.rows, old.place)
+    c = tiny.config(**{"towers.item.ids": True, **changes})
+    with pytest.raises(RecJaxError, match=message):
+        stages.check(c, spec_of(c), None, tiny.one_device(), start=old)
+
+
+# -- replay --
+
+
+def batches(share, new=None, seed=3, **changes):
+    world = tiny.World()
+    lengths = world.train_lengths()
+    if new is None:  # the newest train event of every third user
+        new = np.zeros(lengths.sum(), bool)
+        new[np.cumsum(lengths)[::3] - 1] = True
+    spec = pipeline.BatchSpec.from_config(tiny.config(**changes))
+    return pipeline.Batches(world.source(), lengths, spec, seed=seed, replay=pipeline.Replay(share, new))
+
+
+def is_new(user, items):
+    world = tiny.World()
+    train = world.source()[user]["items"][world.source()[user]["splits"] == 0]
+    return user % 3 == 0 and len(train) > 1 and np.array_equal(items, train[-len(items) :])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
+def test_an_epoch_takes_every_new_window_and_a_share_of_the_others(share):
+    b, all_windows = batches(share), pipeline.Windows.of(tiny.World().train_lengths(), 16)
+    new = sum(n > 1 for n in tiny.World().train_lengths()[::3])
+    others = len(all_windows) - new
+    taken = round(share * others)
+    assert b.examples_per_epoch == new + taken
+    seen: collections.Counter = collections.Counter()
+    for epoch in range(7):
+        window = [b.example(epoch * b.examples_per_epoch + n) for n in range(b.examples_per_epoch)]
+        flags = [is_new(*w) for w in window]
+        assert sum(flags) == new, "each of the new ones once"
+        if epoch == 0:  # a later one may meet the end of a turn
+            assert len({(u, tuple(i)) for u, i in window}) == len(window)
+        seen.update((u, tuple(i)) for (u, i), flag in zip(window, flags, strict=True) if not flag)
+    if share:
+        assert len(seen) == others, "all have had their turn"
+        assert max(seen.values()) - min(seen.values()) <= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_how_often_an_event_is_predicted_is_what_the_order_gives(share):
+    b, lengths = batches(share), tiny.World().train_lengths()
+    counted, epochs = np.zeros(tiny.N_ITEMS), 40
+    for n in range(epochs * b.examples_per_epoch):
+        np.add.at(counted, b.example(n)[1][1:], 1)
+    train = np.concatenate([r["items"][r["splits"] == 0] for r in tiny.World().source()])
+    expected = np.bincount(train, weights=b.times_predicted(), minlength=tiny.N_ITEMS)
+    np.testing.assert_allclose(counted / epochs, expected, atol=0.06)
+    assert b.times_predicted()[0] == 0
+    assert len(b.times_predicted()) == lengths.sum()
+
+
+def test_all_data_as_it_comes_is_what_it_was_without_replay():
+    world, spec = tiny.World(), pipeline.BatchSpec.from_config(tiny.config())
+    plain = pipeline.Batches(world.source(), world.train_lengths(), spec, seed=3)
+    whole = batches(1.0)
+    assert whole.examples_per_epoch == plain.examples_per_epoch
+    for n in range(200):
+        (a, x), (b, y) = plain.example(n), whole.example(n)
+        assert a == b
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_replay_goes_on_from_its_place_to_the_bit():
+    whole = iter(batches(0.4))
+    for _ in range(5):
+        next(whole)
+    again = iter(batches(0.4))
+    again.set_state(json.loads(json.dumps(whole.get_state())))
+    for _ in range(5):
+        assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(next(whole)), jax.tree.leaves(next(again)), strict=True))
+
+
+def test_nothing_new_is_an_error_unless_all_comes():
+    none = np.zeros(tiny.World().train_lengths().sum(), bool)
+    with pytest.raises(RecJaxError, match="start.replay=0.5: no window predicts an event"):
+        batches(0.5, none)
+    assert batches(1.0, none).examples_per_epoch > 0
+
+
+# -- figures --
+
+
+def test_figures_of_a_tiny_world_by_hand():
+    random = np.random.default_rng(1)
+    scores = random.normal(size=(4, 12)).astype(np.float32)
+    targets = [[0, 11], [3], [10], [5]]
+    eval_set = EvalSet(np.array([0, 2, 3, 5]), Ragged.from_rows([[1], [2], [], [4]]), Ragged.from_rows(targets), 12)
+    ranked = rankings.evaluate_scores(lambda h: scores[: len(h)], eval_set, ks=(5,), users_per_block=4)
+    # Blocks go by the length of the history: the user without one comes first.
+    scores = scores[[1, 2, 0, 3]]
+    difference = start.Difference(
+        items=np.where(np.arange(12) < 10, np.arange(12), -1),
+        users=np.zeros(6, int),
+        events=np.zeros(0, bool),
+        active=np.array([True, False, False, True, False, False]),
+    )
+    found = continual.measure(ranked, eval_set, difference)
+
+    def rank(n, item):
+        known = [[1], [2], [], [4]][n]
+        return 1 + sum(scores[n, j] >= scores[n, item] for j in range(12) if j != item and j not in known)
+
+    def ndcg(n, items):
+        gains = sum(1 / np.log2(rank(n, i) + 1) for i in items if rank(n, i) <= 10)
+        return gains / sum(1 / np.log2(k + 2) for k in range(len(items)))
+
+    for group, users in {"new": {0: [0, 11], 2: [10]}, "old": {1: [3], 3: [5]}, "new items": {0: [11], 2: [10]}}.items():
+        np.testing.assert_allclose(found[group]["ndcg@10"], [ndcg(n, i) for n, i in users.items()])
+    assert set(continual.measure(ranked, eval_set, start.Difference(np.arange(12), np.zeros(6), np.zeros(0), np.ones(6, bool)))) == {"new"}
+
+
+# -- the whole --
+
+TINY = {
+    "towers.text.path": "scratch",
+    "towers.text.scratch.layers": 1,
+    "towers.text.scratch.width": 16,
+    "towers.text.scratch.heads": 2,
+    "towers.text.scratch.words": 200,
+    "towers.dim": 8,
+    "towers.user.layers": 1,
+    "batch.history_length": 16,
+    "optimizer.learning_rate": 1e-2,
+    "train.duration": "12 steps",
+    "train.eval_every": "6 steps",
+    "train.checkpoint_every": "6 steps",
+    "eval.k": "(5,10)",
+    "eval.baselines": "('popularity',)",
+    "data.on_bad.duplicate_event": "keep",
+}
+
+
+def train(folder, workdir, **changes):
+    flags = TINY | {"data.path": f"{folder}/events.txt", "data.items": f"{folder}/items.tsv", **changes}
+    return command.main(["--config=configs/sequences.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in flags.items())])
+
+
+def going_on(world):
+    c = config_lib.read_config(world / "first").unlock()
+    c.start.path = str(world / "first")
+    return c
+
+
+def write(folder, users, items):
+    folder.mkdir()
+    (folder / "events.txt").write_text("".join(f"{u} {' '.join(map(str, row))}\n" for u, row in users.items()))
+    (folder / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"{n}\tred {'thing' * (n % 3)} {n % 7} {n}\n" for n in items))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Old data, a workdir trained on it, and new data: 20 of 50 users have gone on, 10 are new; items 31 to 34 are new and come first."""
+    folder = tmp_path_factory.mktemp("continual")
+    random, old = np.random.default_rng(0), {}
+    for user in range(50):
+        old[user] = (random.integers(30) + np.cumsum(random.choice([1, 1, 5], random.integers(6, 14)))) % 30 + 1
+    new = {u: np.append(row, random.integers(1, 35, 3)) if u < 20 else row for u, row in old.items()}
+    new |= {100 + u: np.append(random.integers(1, 35, 5), 31 + u % 4) for u in range(10)}
+    write(folder / "old", old, range(1, 31))
+    write(folder / "new", new, [34, 33, 32, 31, *range(1, 31)])
+    assert train(folder / "old", folder / "first") == 0
+    return folder
+
+
+def test_a_run_goes_on_and_tells_what_it_gained_and_lost(world, capsys):
+    changes = {"start.path": world / "first", "start.replay": 0.25, "train.monitor_goal": "min"}  # so a step is kept that has moved
+    assert train(world / "new", world / "second", **changes) == 0
+    out = capsys.readouterr().out
+    assert "going on from" in out
+    assert "25% of the other windows come again" in out
+    assert "new: 30 users with new events, old: 30 users without" in out
+    figures = json.loads((world / "second" / "eval" / "continual.json").read_text())
+    assert figures["users/new"] == figures["users/old"] == 30
+    assert set(figures) >= {f"{row}/{group}/{m}@10" for row in ("before", "after") for group in continual.GROUPS for m in ("ndcg", "hr")}
+
+    # Before: the old rows by id, zero for what is new; the old model itself ranks the old users' targets among the old items.
+    first, second = model.load(world / "first"), model.load(world / "second")
+    assert second.model.prepared.item_ids() != first.model.prepared.item_ids()
+    difference = start.difference(second.model.prepared, first.model.prepared)
+    np.testing.assert_array_equal(second.model.table[difference.items >= 0], first.model.table[difference.items[difference.items >= 0]])
+    assert figures["change/old/ndcg@10"] != 0
+    assert all(
+        np.isclose(figures[f"change/{g}/hr@10"], figures[f"after/{g}/hr@10"] - figures[f"before/{g}/hr@10"]) for g in continual.GROUPS
+    )
+    rows = np.zeros((256, 8), np.float32)
+    kept = np.flatnonzero(difference.items >= 0)
+    rows[kept] = first.params["ids"]["embedding"][difference.items[kept]]
+    params = {**first.params, "ids": {"embedding": rows}}
+    eval_set = second.model.prepared.eval_set("test")
+    before = continual.measure(second.model.rank(params, eval_set, name="test"), eval_set, difference)
+    after = continual.measure(second.model.rank(second.params, eval_set, name="test"), eval_set, difference)
+    for row, groups in (("before", before), ("after", after)):
+        for group, values in groups.items():
+            for name in ("ndcg@10", "hr@10"):
+                np.testing.assert_allclose(figures[f"{row}/{group}/{name}"], values[name].mean(), rtol=1e-6)
+
+    # Its encoder is that of the first one, which must still be what it was.
+    noted = json.loads((world / "second" / "data.json").read_text())
+    (world / "second" / "data.json").write_text(json.dumps(noted | {"start": "another"}))
+    with pytest.raises(RecJaxError, match=r"second goes on from .*first, which has been trained again since"):
+        model.load(world / "second")
+    (world / "second" / "data.json").write_text(json.dumps(noted))
+
+    # A third run would have the first one's words, and the encoder that the second one has, which is the first one's.
+    c = config_lib.read_config(world / "second").unlock()
+    c.start.path = str(world / "second")
+    encoder, words = encoder_lib.load_encoder(c, second.model.prepared), vocabulary.tokenizer_of(c, second.model.prepared)
+    of_first = encoder_lib.load_encoder(config_lib.read_config(world / "first"), first.model.prepared)
+    assert encoder[1] == of_first[1]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, encoder[0], of_first[0])))
+    assert words == vocabulary.tokenizer_of(first.model.config, first.model.prepared)
+
+    lines = [json.loads(line) for line in (world / "second" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid/ndcg@10" in line] == [0, 6, 12], "what it starts from is validated too"
+
+
+def test_the_old_data_is_asked_for_by_name(world, tmp_path, monkeypatch):
+    c = going_on(world)
+    assert start.start_of(c).prepared.n_users == 50
+    monkeypatch.setattr(start, "kept", lambda workdir: {"folder": f"{tmp_path}/gone", "fingerprint": "0"})
+    with pytest.raises(RecJaxError, match=r"gone, the prepared data that .*first was trained on, is not there.*bring back"):
+        start.start_of(c).prepared  # noqa: B018
+    monkeypatch.setattr(start, "kept", lambda workdir: {})
+    with pytest.raises(RecJaxError, match=r"does not say what it was trained on .*run its own training command once more"):
+        start.start_of(c).prepared  # noqa: B018
+
+
+def test_other_data_needs_another_workdir(world):
+    with pytest.raises(RecJaxError, match=r"first is trained on .*use another --workdir, and --config.start.path="):
+        start.check_kept(epath.Path(world / "first"), prepared_of(world / "other", OLD), start="")
+    with pytest.raises(RecJaxError, match="went on from a workdir that has been trained again since"):
+        start.check_kept(epath.Path(world / "first"), start.start_of(going_on(world)).prepared, start="another")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start.replay": 1.5}, r"start.replay=1.5: must be between 0 .* and 1"),
+        ({"start.path": "", "start.replay": 0.5}, "set config.start.path"),
+        ({"start.path": "nowhere"}, "nowhere is no workdir"),
+        ({"start.stage": "late"}, "start.stage='late': .* has no such stage; it has none"),
+        ({"towers.text.layers": 0}, "the first stage makes a student"),
+        ({"towers.text.pooling": "cls"}, "towers.text.pooling is 'mean' in .*first and 'cls' here"),
+        ({"towers.text.scratch.width": 32}, "towers.text.scratch is .*'width': 16.* in .*first and .*'width': 32"),
+        ({"towers.dim": 16}, r"ids/embedding is \(256, 8\) in .*first"),
+        ({"batch.kind": "texts", "towers.text.source": "tokens"}, "the first stage '' is of texts"),
+    ],
+)
+def test_what_cannot_go_on_is_said_before_anything_is_written(world, tmp_path, changes, message):
+    with pytest.raises(RecJaxError, match=message):
+        train(world / "new", tmp_path / "w", **{"start.path": world / "first", **changes})
+    assert not (tmp_path / "w").exists()
+
+
+def test_nothing_new_is_said_before_anything_is_written(world, tmp_path):
+    with pytest.raises(RecJaxError, match="no window predicts an event that the old workdir was not trained on"):
+        train(world / "old", tmp_path / "w", **{"start.path": world / "first", "start.replay": 0.0})
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_start_is_another_fingerprint(world, tmp_path, monkeypatch):
+    marks = []
+    for n, mark in enumerate(("one", "one", "two")):
+        monkeypatch.setattr(command, "mark_of", lambda folder, mark=mark: mark)
+        flags = TINY | {"data.path": f"{world}/new/events.txt", "data.items": f"{world}/new/items.tsv", "start.path": world / "first"}
+        c = config_lib.load("configs/sequences.py", [(k, str(v)) for k, v in flags.items()])
+        workdir = epath.Path(tmp_path / str(n))
+        run = command._Run(c, workdir, tiny.one_device(), chain.Stages(workdir, (), None))
+        marks.append(run.planned[0][2])
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_a_fingerprint_without_a_start_is_what_it_was():
+    kept = json.loads(config_lib.to_json(tiny.config()))
+    for key in ("start", "mesh", *chain.FREE_KEYS[1:]):
+        *groups, name = key.split(".")
+        (config_lib.get(kept, ".".join(groups)) if groups else kept).pop(name)
+    expected = hashlib.sha256(json.dumps([kept, "data"], sort_keys=True).encode()).hexdigest()[:16]
+    assert chain.fingerprint(tiny.config(), "data") == expected
+    assert chain.fingerprint(tiny.config(**{"start.path": "runs/first"}), "data") != expected
