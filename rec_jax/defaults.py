@@ -158,6 +158,16 @@ def defaults() -> ConfigDict:
     c.objectives.simclr.weight = 0.0
     c.objectives.simclr.temperature = 0.1
     c.objectives.simclr.ramp = 0
+    # Two random views of each window of a history: one's user vector seeks the other's among all views of the global batch
+    c.objectives.history_views = ConfigDict()
+    c.objectives.history_views.weight = 0.0
+    c.objectives.history_views.temperature = 0.1
+    c.objectives.history_views.kinds = ("crop", "mask", "reorder")  # one is drawn for each view; () = they differ by dropout alone
+    c.objectives.history_views.crop = 0.6  # share of the items that a crop keeps
+    c.objectives.history_views.mask = 0.3  # share that a mask hides
+    c.objectives.history_views.reorder = 0.6  # share in the run that is reordered
+    c.objectives.history_views.same_target = False  # views of windows that the same item follows are positives of each other too
+    c.objectives.history_views.ramp = 0
 
     c.objectives.mlm = ConfigDict()  # masked language model; batches of texts
     c.objectives.mlm.weight = 0.0

@@ -92,6 +92,10 @@ class Batch:
       masked_tokens: [G, R, T] int32, `item_tokens` with some of them hidden for masked language modelling.
       masked_places: [G, P] int32, places of the hidden tokens in the flattened [R * T], -1 is none.
       noisy_tokens, noisy_segments: [G, R, T] int32, the texts with tokens deleted; what is left of a text keeps its segment id and order.
+      view_history, view_segments: [G, 2, H, S] int32, two random views of each window's history, packed at its place: local, -1 where an
+        item is hidden, or with segment 0 where there is none. None unless an objective asks for them, and so the next two.
+      view_places: [G, 2, E] int32, where the last item of each example's view stands in the flattened [H * S], -1 is none.
+      view_targets: [G, E] int32 local, the item that follows each example's window, -1 is none.
       user_ids: [G, Q] int32, row of the users table of each query, -1 is none.
       context: [G, Q, C] int32, categories of each query's circumstances, -1 is unknown.
       labels: [G, Q, L] float32, what was observed of each query's target, a column per task; NaN is not observed.
@@ -115,6 +119,10 @@ class Batch:
     masked_places: Any = None
     noisy_tokens: Any = None
     noisy_segments: Any = None
+    view_history: Any = None
+    view_segments: Any = None
+    view_places: Any = None
+    view_targets: Any = None
     user_ids: Any = None
     context: Any = None
     labels: Any = None
@@ -131,6 +139,7 @@ class Outputs:
       item: [G, M, D].
       catalogue: [N, D], vectors of all items.
       views: [2, G, M, D], the batch's items by their texts alone, under two draws of dropout.
+      history_views: [2, G, E, D], user vectors of each example's two views; of no meaning where there is no example.
       drawn: [U, D], vectors of the catalogue items `drawn_ids`.
       drawn_ids: [U] int32, drawn uniformly from the catalogue, with replacement.
       text: [G, M, D_text], what the encoder or the table says of the batch's items, before the head.
@@ -147,6 +156,7 @@ class Outputs:
     item: Any = None
     catalogue: Any = None
     views: Any = None
+    history_views: Any = None
     drawn: Any = None
     drawn_ids: Any = None
     text: Any = None

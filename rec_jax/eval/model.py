@@ -14,6 +14,7 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax import processes, towers
 from rec_jax.data import draft, packing, vocabulary
+from rec_jax.data.augment import HistoryViews
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, text_blocks, text_table, text_vectors
@@ -145,6 +146,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tow
     """The towers that a stage's config describes, on this data and with this encoder."""
     tasks = int(config.objectives.task.weight > 0 or config.eval.rank_by == "task")
     context: tuple[int, ...] = ()
+    views = HistoryViews.from_config(config)
     if config.batch.kind == "impressions":
         impressions = prepared.impressions("train")
         tasks, context = len(impressions.tasks), impressions.sizes
@@ -156,6 +158,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tow
         n_users=prepared.n_users,
         tasks=tasks,
         context=context,
+        mask=views is not None and views.hides,
     )
 
 

@@ -83,6 +83,8 @@ def outputs(
         )
     users = batch.history if batch.history is not None else batch.user_tokens
     rows |= {"user": 0 if users is None else users.shape[1], "head": 1}
+    if wants("history_views"):
+        rows["history_view"] = 2 * rows["user"]
     uniform = max(o.uniform for o in spec.objectives)
     return batches.encode_batch(
         params,
@@ -92,6 +94,7 @@ def outputs(
         catalogue=wants("catalogue"),
         keys=_keys(key, shards, rows),
         views=wants("views"),
+        history_views=wants("history_views"),
         drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, len(constants.log_q)) if uniform else None,
         texts=constants.texts,
         layers=wants("layers"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rec_jax.towers.two_tower import TwoTowerSpec
-from rec_jax.train.objectives import base, distill, info_nce, pairs, pretrain, task, views
+from rec_jax.train.objectives import base, distill, history_views, info_nce, pairs, pretrain, task, views
 from rec_jax.train.objectives.base import Objective, ramp_up, target_ids, targets
 from rec_jax.types import RecJaxError
 
@@ -19,6 +19,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "triplet": pairs.make_triplet,
     "simcse": views.make_simcse,
     "simclr": views.make_simclr,
+    "history_views": history_views.make,
     "mlm": pretrain.make_mlm,
     "denoise": pretrain.make_denoise,
     "task": task.make_task,
@@ -95,6 +96,8 @@ def check(
                 )
         if o.positives > 1 and towers.history is None:
             raise RecJaxError(f"{place}.positives={o.positives} are next items of a packed history: set config.towers.user.kind='history'")
+        if o.history_views:
+            history_views.check(place, o.spec, towers)
         if o.uniform % shards:
             raise RecJaxError(f"{place}.uniform={o.uniform} does not divide over config.batch.shards={shards}; make it a multiple")
         if o.views and not towers.encode:
