@@ -79,6 +79,7 @@ class Batch:
       item_tokens: [G, R, T] int32, the items' texts packed into rows; None where item vectors come from a table.
       item_segments: [G, R, T] int32, 1..K within a row, 0 is padding.
       item_places: [G, M] int32, where the item's pooled vector stands in the flattened [R * K].
+      item_types: [G, R, T] int32, token types of pairs of texts: 1 for the second text, 0 before it. None where texts stand alone.
       history: [G, H, S] int32 local, packed histories, -1 is padding; None with a text user tower.
       history_segments: [G, H, S] int32, 1.. within a row, 0 is padding.
       user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
@@ -109,6 +110,7 @@ class Batch:
     item_tokens: Any = None
     item_segments: Any = None
     item_places: Any = None
+    item_types: Any = None
     history: Any = None
     history_segments: Any = None
     user_tokens: Any = None
@@ -148,6 +150,7 @@ class Outputs:
       vocabulary: {"table" [V, D_text], "bias" [V]} of that softmax.
       hidden: [layers + 1, G, R, T, D_text], of the batch's item texts behind the embeddings and each layer.
       attention: [layers, G, R, heads, T, T], attention weights of each layer.
+      pairs: [G, E, 1 + K], the cross-encoder's logits of each example's positive and of its K drawn items.
       scores: [G, Q, L], the task head's logits of each query and its target.
       drawn_scores: [G, Q, U], its logits of each query and the drawn items, for the first task.
     """
@@ -165,6 +168,7 @@ class Outputs:
     vocabulary: Any = None
     hidden: Any = None
     attention: Any = None
+    pairs: Any = None
     scores: Any = None
     drawn_scores: Any = None
 

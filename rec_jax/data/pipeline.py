@@ -18,7 +18,7 @@ from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.types import Batch, Ragged, RecJaxError
 
-__all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "Windows", "prefetched"]
+__all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "WindowBatches", "Windows", "prefetched"]
 
 LOOK_AHEAD = 16  # examples that may wait for the next batch before a shard is closed
 
@@ -79,6 +79,16 @@ class Stream(Protocol):
     def fill(self) -> Batch: ...
 
 
+class WindowDraft(Protocol):
+    """A shard's part of a batch as it fills with windows."""
+
+    def has_room(self) -> bool: ...
+
+    def add(self, user: int, items: np.ndarray, position: int) -> bool: ...
+
+    def batch(self) -> Batch: ...
+
+
 class ShardedBatches(grain.IterDataset):
     """What endless batches share, whatever they are made of: a stream of each shard, an iterator over them, and how much a batch takes.
 
@@ -109,7 +119,35 @@ class ShardedBatches(grain.IterDataset):
         return (stream.next - len(stream.waiting)) / batches * self.spec.shards
 
 
-class Batches(ShardedBatches):
+class WindowBatches(ShardedBatches):
+    """Batches whose examples are windows of histories, in one endless order; each is added whole to a draft, or waits.
+
+    Attributes:
+      seed: of the order, and of what a draft draws by the position of an example.
+    """
+
+    seed: int
+
+    def _set_order(self, records: Any, windows: Windows, shards: range | None) -> None:
+        """The windows of `records` in a new order each epoch; `spec` and `seed` are set."""
+        self.examples_per_epoch = len(windows)
+        self.shards = range(self.spec.shards) if shards is None else shards
+        self._order = grain.MapDataset.source(_Source(records, windows)).seed(self.seed).shuffle().repeat()
+
+    def draft(self) -> WindowDraft:
+        """An empty part of a batch."""
+        raise NotImplementedError
+
+    def stream(self, shard: int) -> Stream:
+        """See `ShardedBatches`."""
+        return _Shard(self, shard)
+
+    def example(self, position: int) -> tuple[int, np.ndarray]:
+        """Position in the endless order -> (row of the users table, items of the window)."""
+        return self._order[position]
+
+
+class Batches(WindowBatches):
     """Endless batches [local shards, ...] of numpy arrays; see the module's text for their order.
 
     Args:
@@ -145,10 +183,8 @@ class Batches(ShardedBatches):
                 raise RecJaxError(f"negatives {negatives.shape}: expected [U, K] with U = {len(train_lengths)} users")
             spec = spec.with_negatives(negatives.shape[1], float((windows.stop - windows.start - 1).mean()))
         self.spec, self.seed, self.texts, self.negatives = spec, seed, texts, negatives
-        self.examples_per_epoch = len(windows)
-        self.shards = range(spec.shards) if shards is None else shards
         self._check(windows)
-        self._order = grain.MapDataset.source(_Source(records, windows)).seed(seed).shuffle().repeat()
+        self._set_order(records, windows, shards)
 
     def _check(self, windows: Windows) -> None:
         s = self.spec
@@ -173,19 +209,15 @@ class Batches(ShardedBatches):
                     f"or lower batch.history_length={s.history_length}{fewer}"
                 )
 
-    def stream(self, shard: int) -> Stream:
-        """See `ShardedBatches`."""
-        return _Shard(self, shard)
-
-    def example(self, position: int) -> tuple[int, np.ndarray]:
-        """Position in the endless order -> (row of the users table, items of the window)."""
-        return self._order[position]
+    def draft(self) -> Draft:
+        """See `WindowBatches`."""
+        return Draft(self.spec, self.texts, self.negatives, self.seed)
 
 
 class _Shard:
     """One shard's stream: its next example and those that wait, by their number within the shard."""
 
-    def __init__(self, batches: Batches, shard: int):
+    def __init__(self, batches: WindowBatches, shard: int):
         self._batches, self._shard = batches, shard
         self.next = 0
         self._waiting: dict[int, tuple[int, np.ndarray]] = {}
@@ -207,8 +239,7 @@ class _Shard:
 
     def fill(self) -> Batch:
         """The shard's next part of a batch (no shard axis)."""
-        b = self._batches
-        draft = Draft(b.spec, b.texts, b.negatives, b.seed)
+        draft = self._batches.draft()
         left: dict[int, tuple[int, np.ndarray]] = {}
         queue = iter(list(self._waiting.items()))
         while len(left) < LOOK_AHEAD and draft.has_room():

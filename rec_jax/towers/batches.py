@@ -1,6 +1,7 @@
 """Batches through the towers: every forward that objectives may ask for, each once.
 
-Batches of users make user and item vectors, and what the task head says of pairs; batches of texts teach the encoder alone.
+Batches of users make user and item vectors, and what the task head says of pairs; batches of texts teach the encoder alone, and batches of
+pairs a cross-encoder, which makes no vectors.
 """
 
 from __future__ import annotations
@@ -224,6 +225,30 @@ def encode_texts(
 
         out.views = jnp.stack([view("text"), view("view")])
     return out
+
+
+def encode_pairs(params: Params, spec: TwoTowerSpec, batch: Batch, *, keys: Mapping[str, jax.Array] | None) -> Outputs:
+    """A batch of pairs in G shards -> pairs [G, E, 1 + K].
+
+    Args:
+      params: {"text", "cross"}.
+      spec: the encoder's part of it counts.
+      batch: pairs of texts, the 1 + K of an example one after the other.
+      keys: typed keys [G, R] of the stream "text" for dropout; None = no dropout.
+    """
+    (shards, _, length), examples = batch.item_tokens.shape, batch.targets.shape[1]
+    flat = lambda x: over_batch(jnp.asarray(x).reshape(-1, length))
+    logits = interactions.cross_scores(
+        params["cross"],
+        params["text"],
+        spec.text,
+        flat(batch.item_tokens),
+        flat(batch.item_segments),
+        types=flat(batch.item_types),
+        texts_per_row=spec.texts_per_row,
+        keys=None if keys is None else keys["text"].reshape(-1),
+    )
+    return Outputs(pairs=_lookup(over_batch(logits.reshape(shards, -1)), batch.item_places).reshape(shards, examples, -1))
 
 
 def _key(keys: Mapping[str, jax.Array] | None, name: str) -> jax.Array | None:
