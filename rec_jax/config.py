@@ -103,7 +103,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
 
 
 CHOICES = {
-    "batch.kind": ("histories", "impressions", "texts"),
+    "batch.kind": ("histories", "impressions", "texts", "pairs"),
     "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item", "impressions"),
     "data.impressions.split": ("", "random", "temporal", "events"),
     "towers.text.pooling": ("mean", "cls", "max"),
@@ -123,7 +123,7 @@ CHOICES = {
 }
 POSITIVE = (
     "batch.shards", "batch.history_rows", "batch.history_length", "batch.max_items", "batch.text_rows", "batch.row_tokens",
-    "batch.impressions",
+    "batch.impressions", "batch.pair_negatives", "batch.user_history",
     "towers.dim", "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.accumulate", "eval.users_per_block",
     "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
 )  # fmt: skip
@@ -164,6 +164,10 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError("config.towers.user.kind='text' encodes texts in the step: set config.towers.text.source='tokens'")
     if config.batch.kind == "texts" and config.towers.text.source != "tokens":
         raise RecJaxError("config.batch.kind='texts' trains the encoder: set config.towers.text.source='tokens'")
+    if config.batch.kind == "pairs":
+        _check_pairs(config)
+    if config.eval.rerank < 0:
+        raise RecJaxError(f"config.eval.rerank={config.eval.rerank}: must be at least 0, which ranks nothing anew")
     if config.towers.user.kind == "id" and config.batch.kind == "histories":
         raise RecJaxError("config.towers.user.kind='id' knows no histories: set config.batch.kind='impressions', or another user tower")
     if config.batch.kind == "impressions" and config.towers.user.kind != "id":
@@ -181,6 +185,20 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError("config.start.stage and config.start.replay belong to a trained workdir: set config.start.path")
     for name in config.stages:
         for_stage(config, name)  # checks it now, not after hours of the stages before
+
+
+def _check_pairs(config: ConfigDict) -> None:
+    """Raises RecJaxError where a key does not go with batches of pairs."""
+    kind = "config.batch.kind='pairs'"
+    if config.towers.text.source != "tokens":
+        raise RecJaxError(f"{kind} trains the encoder: set config.towers.text.source='tokens'")
+    if config.batch.chunk_rows or config.towers.text.lora.rank:
+        key = "batch.chunk_rows" if config.batch.chunk_rows else "towers.text.lora.rank"
+        raise RecJaxError(f"{kind} knows neither chunks nor adapters: set config.{key}={get(config, key)} to 0")
+    if not config.train.monitor.startswith("valid/pair_"):
+        raise RecJaxError(
+            f"{kind} measures valid/pair_mrr and valid/pair_accuracy: config.train.monitor={config.train.monitor!r} is neither"
+        )
 
 
 def _check_keys(config: ConfigDict, reference: ConfigDict, place: str) -> None:

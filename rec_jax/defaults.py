@@ -50,7 +50,9 @@ def defaults() -> ConfigDict:
     c.data.corpus.held_out = 0.05  # share of the texts that only measure
 
     c.batch = ConfigDict()  # budgets of one shard; global batch = shards x these. What does not fit waits for the next batch
-    c.batch.kind = "histories"  # histories | impressions (labelled ones, data.impressions) | texts: pre-training on the texts alone
+    # histories | impressions (labelled ones, data.impressions) | texts: pre-training on the texts alone
+    # | pairs: "history [SEP] item" in one text, for a cross-encoder
+    c.batch.kind = "histories"
     c.batch.shards = 8  # G, a constant of the run; the number of devices must divide it
     c.batch.history_rows = 2  # H, packed history rows
     c.batch.history_length = 64  # S, places of a history row; longer histories are cut into windows
@@ -61,6 +63,8 @@ def defaults() -> ConfigDict:
     c.batch.user_rows = 16  # R of written-out histories; only for the text user tower
     c.batch.user_history = 8  # newest items that a written-out history names; only for the text user tower
     c.batch.impressions = 128  # Q of a shard; only with kind="impressions"
+    # Items drawn beside each positive; only with kind="pairs", where max_items are a shard's pairs and user_history as for the text tower
+    c.batch.pair_negatives = 7
 
     c.towers = ConfigDict()
     c.towers.dim = 64  # D, width of user and item vectors
@@ -164,6 +168,16 @@ def defaults() -> ConfigDict:
     c.objectives.simclr.weight = 0.0
     c.objectives.simclr.temperature = 0.1
     c.objectives.simclr.ramp = 0
+    # Two random views of each window of a history: one's user vector seeks the other's among all views of the global batch
+    c.objectives.history_views = ConfigDict()
+    c.objectives.history_views.weight = 0.0
+    c.objectives.history_views.temperature = 0.1
+    c.objectives.history_views.kinds = ("crop", "mask", "reorder")  # one is drawn for each view; () = they differ by dropout alone
+    c.objectives.history_views.crop = 0.6  # share of the items that a crop keeps
+    c.objectives.history_views.mask = 0.3  # share that a mask hides
+    c.objectives.history_views.reorder = 0.6  # share in the run that is reordered
+    c.objectives.history_views.same_target = False  # views of windows that the same item follows are positives of each other too
+    c.objectives.history_views.ramp = 0
 
     c.objectives.mlm = ConfigDict()  # masked language model; batches of texts
     c.objectives.mlm.weight = 0.0
@@ -183,6 +197,10 @@ def defaults() -> ConfigDict:
     c.objectives.task.margin = 0.5
     c.objectives.task.weights = ()  # of each label, in the order of the data; () = 1 each
     c.objectives.task.uncertainty = False  # weights of the labels are learned (log variances)
+    c.objectives.cross = ConfigDict()  # the next item's pair with the history against those of drawn items, read by a cross-encoder
+    c.objectives.cross.weight = 0.0
+    c.objectives.cross.loss = "softmax"  # softmax over an example's pairs | bce of each
+    c.objectives.cross.label_smoothing = 0.0
     c.objectives.policy = ConfigDict()  # off-policy top-K REINFORCE over the catalogue; impressions with a propensity
     c.objectives.policy.weight = 0.0
     c.objectives.policy.top_k = 1
@@ -254,6 +272,9 @@ def defaults() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.k = (5, 10, 20)
     c.eval.rank_by = "vectors"  # vectors | task: the catalogue is ranked by dot products, or by the task head's first logit
+    # Items of the ranking by the last histories stage before, or by popularity, that a stage of pairs ranks anew in the test; 0 = none:
+    # there, as in validation, it is measured on each user's target beside batch.pair_negatives drawn items
+    c.eval.rerank = 0
     c.eval.history_length = 0  # newest items of a history that make the user vector; 0 = batch.history_length
     c.eval.users_per_block = 256
     c.eval.items_per_block = 16384

@@ -30,6 +30,7 @@ SHARDED: Rules = (
     (r"text/embeddings/word/embedding", (_BOTH,), ("fsdp", "tensor"), (None, _BOTH), ("fsdp",), (None, "fsdp"), ()),
     (r".*/(position|token_type)/embedding", ("fsdp",), (None, "fsdp"), ()),
     (r"(task|lora)/.*", ()),  # small
+    (r"user/mask", ()),
     (r"user/layer_\d+/out/kernel", ("tensor", None, "fsdp"), (None, None, "fsdp"), ()),  # [heads, width, D]
     (r".*/(out|down|mlp_out)/kernel", ("tensor", "fsdp"), (None, "fsdp"), ()),
     (r".*/kernel", ("fsdp", "tensor"), ("fsdp",), ()),

@@ -79,6 +79,7 @@ class Batch:
       item_tokens: [G, R, T] int32, the items' texts packed into rows; None where item vectors come from a table.
       item_segments: [G, R, T] int32, 1..K within a row, 0 is padding.
       item_places: [G, M] int32, where the item's pooled vector stands in the flattened [R * K].
+      item_types: [G, R, T] int32, token types of pairs of texts: 1 for the second text, 0 before it. None where texts stand alone.
       history: [G, H, S] int32 local, packed histories, -1 is padding; None with a text user tower.
       history_segments: [G, H, S] int32, 1.. within a row, 0 is padding.
       user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
@@ -92,6 +93,10 @@ class Batch:
       masked_tokens: [G, R, T] int32, `item_tokens` with some of them hidden for masked language modelling.
       masked_places: [G, P] int32, places of the hidden tokens in the flattened [R * T], -1 is none.
       noisy_tokens, noisy_segments: [G, R, T] int32, the texts with tokens deleted; what is left of a text keeps its segment id and order.
+      view_history, view_segments: [G, 2, H, S] int32, two random views of each window's history, packed at its place: local, -1 where an
+        item is hidden, or with segment 0 where there is none. None unless an objective asks for them, and so the next two.
+      view_places: [G, 2, E] int32, where the last item of each example's view stands in the flattened [H * S], -1 is none.
+      view_targets: [G, E] int32 local, the item that follows each example's window, -1 is none.
       user_ids: [G, Q] int32, row of the users table of each query, -1 is none.
       context: [G, Q, C] int32, categories of each query's circumstances, -1 is unknown.
       labels: [G, Q, L] float32, what was observed of each query's target, a column per task; NaN is not observed.
@@ -105,6 +110,7 @@ class Batch:
     item_tokens: Any = None
     item_segments: Any = None
     item_places: Any = None
+    item_types: Any = None
     history: Any = None
     history_segments: Any = None
     user_tokens: Any = None
@@ -115,6 +121,10 @@ class Batch:
     masked_places: Any = None
     noisy_tokens: Any = None
     noisy_segments: Any = None
+    view_history: Any = None
+    view_segments: Any = None
+    view_places: Any = None
+    view_targets: Any = None
     user_ids: Any = None
     context: Any = None
     labels: Any = None
@@ -131,6 +141,7 @@ class Outputs:
       item: [G, M, D].
       catalogue: [N, D], vectors of all items.
       views: [2, G, M, D], the batch's items by their texts alone, under two draws of dropout.
+      history_views: [2, G, E, D], user vectors of each example's two views; of no meaning where there is no example.
       drawn: [U, D], vectors of the catalogue items `drawn_ids`.
       drawn_ids: [U] int32, drawn uniformly from the catalogue, with replacement.
       text: [G, M, D_text], what the encoder or the table says of the batch's items, before the head.
@@ -139,6 +150,7 @@ class Outputs:
       vocabulary: {"table" [V, D_text], "bias" [V]} of that softmax.
       hidden: [layers + 1, G, R, T, D_text], of the batch's item texts behind the embeddings and each layer.
       attention: [layers, G, R, heads, T, T], attention weights of each layer.
+      pairs: [G, E, 1 + K], the cross-encoder's logits of each example's positive and of its K drawn items.
       scores: [G, Q, L], the task head's logits of each query and its target.
       drawn_scores: [G, Q, U], its logits of each query and the drawn items, for the first task.
     """
@@ -147,6 +159,7 @@ class Outputs:
     item: Any = None
     catalogue: Any = None
     views: Any = None
+    history_views: Any = None
     drawn: Any = None
     drawn_ids: Any = None
     text: Any = None
@@ -155,6 +168,7 @@ class Outputs:
     vocabulary: Any = None
     hidden: Any = None
     attention: Any = None
+    pairs: Any = None
     scores: Any = None
     drawn_scores: Any = None
 

@@ -11,7 +11,7 @@ import tiny
 from etils import epath
 
 from rec_jax import config as config_lib
-from rec_jax.data import pipeline, prepare, start, vocabulary
+from rec_jax.data import pipeline, prepare, start, vocabulary, windows
 from rec_jax.eval import continual, model, rankings
 from rec_jax.eval import encoder as encoder_lib
 from rec_jax.train import __main__ as command
@@ -118,7 +118,7 @@ def batches(share, new=None, seed=3, **changes):
         new = np.zeros(lengths.sum(), bool)
         new[np.cumsum(lengths)[::3] - 1] = True
     spec = pipeline.BatchSpec.from_config(tiny.config(**changes))
-    return pipeline.Batches(world.source(), lengths, spec, seed=seed, replay=pipeline.Replay(share, new))
+    return pipeline.Batches(world.source(), lengths, spec, seed=seed, replay=windows.Replay(share, new))
 
 
 def is_new(user, items):
@@ -129,7 +129,7 @@ def is_new(user, items):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
 def test_an_epoch_takes_every_new_window_and_a_share_of_the_others(share):
-    b, all_windows = batches(share), pipeline.Windows.of(tiny.World().train_lengths(), 16)
+    b, all_windows = batches(share), windows.Windows.of(tiny.World().train_lengths(), 16)
     new = sum(n > 1 for n in tiny.World().train_lengths()[::3])
     others = len(all_windows) - new
     taken = round(share * others)

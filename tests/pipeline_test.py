@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rec_jax.data import draft, pipeline
+from rec_jax.data import draft, pipeline, windows
 from rec_jax.types import Ragged, RecJaxError
 
 KINDS = [("history", "frozen"), ("history", "tokens"), ("text", "tokens")]
@@ -109,11 +109,11 @@ def test_order_changes_with_seed_and_epoch():
 
 
 def test_windows():
-    w = pipeline.Windows.of(np.array([0, 1, 2, 5, 9]), 4)
+    w = windows.Windows.of(np.array([0, 1, 2, 5, 9]), 4)
     assert list(zip(w.user.tolist(), w.start.tolist(), w.stop.tolist(), strict=True)) == [(2, 0, 2), (3, 0, 5), (4, 4, 9), (4, 0, 5)]
     covered = sorted(t for u, a, b in zip(w.user, w.start, w.stop, strict=True) if u == 4 for t in range(a + 1, b))
     assert covered == list(range(1, 9)), "each event but the first is a target once"
-    one = pipeline.Windows.of(np.array([0, 1, 2, 5]), None)
+    one = windows.Windows.of(np.array([0, 1, 2, 5]), None)
     assert list(zip(one.user.tolist(), one.start.tolist(), one.stop.tolist(), strict=True)) == [(2, 0, 2), (3, 0, 5)]
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
+from rec_jax.data.augment import HistoryViews
 from rec_jax.data.packing import texts_per_row
 from rec_jax.data.pipeline import Batches, BatchSpec
 from rec_jax.towers import BertSpec, two_tower
@@ -84,7 +85,9 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     """A training task of that world, on the mesh's devices (one by default)."""
     mesh = mesh or one_device()
     world = World()
-    spec = two_tower.make_spec(c.towers, bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens), n_items=N_ITEMS)
+    views = HistoryViews.from_config(c)
+    mask = views is not None and views.hides
+    spec = two_tower.make_spec(c.towers, bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens), n_items=N_ITEMS, mask=mask)
     text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
     mesh_lib.check_shards(c.batch.shards, mesh)
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -228,10 +229,60 @@ def reorder_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> n
     return out
 
 
-# Views of a history by name; two different ones of the same history are each other's positives.
+# Views of a history by name; two of the same history are each other's positives.
 # Reference: Xie et al., 2022 (CL4SRec), https://arxiv.org/abs/2010.14395, section 3.3.
 HISTORY_VIEWS: dict[str, Callable[[np.ndarray, np.random.Generator, float], np.ndarray]] = {
     "crop": crop_items,
     "mask": mask_items,
     "reorder": reorder_items,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryViews:
+    """How two views of a history are made, by the names of `config.objectives.history_views`.
+
+    Attributes:
+      kinds: names of HISTORY_VIEWS, one of which is drawn for each view; () = both are the history itself.
+      crop: share of the items that a crop keeps.
+      mask: share of them that a mask hides.
+      reorder: share of them in the run that is reordered.
+    """
+
+    kinds: tuple[str, ...] = tuple(HISTORY_VIEWS)
+    crop: float = 0.6
+    mask: float = 0.3
+    reorder: float = 0.6
+
+    def __post_init__(self) -> None:
+        place = "config.objectives.history_views"
+        if not set(self.kinds) <= set(HISTORY_VIEWS):
+            raise RecJaxError(f"{place}.kinds={self.kinds!r}: expected some of {', '.join(HISTORY_VIEWS)}, or () for dropout alone")
+        for kind in HISTORY_VIEWS:
+            if not 0.0 < self.rate(kind) < 1.0:
+                raise RecJaxError(f"{place}.{kind}={self.rate(kind)}: must lie between 0 and 1, both excluded")
+
+    @classmethod
+    def from_config(cls, config: Any) -> HistoryViews | None:
+        """As `config.objectives.history_views` says; None where it has no weight."""
+        o = config.objectives.history_views
+        return cls(tuple(o.kinds), o.crop, o.mask, o.reorder) if o.weight > 0 else None
+
+    def rate(self, kind: str) -> float:
+        """The share that a kind of view works with."""
+        return {"crop": self.crop, "mask": self.mask, "reorder": self.reorder}[kind]
+
+    @property
+    def hides(self) -> bool:
+        """Whether items may be hidden, for which the history tower needs a vector."""
+        return "mask" in self.kinds
+
+    def draw(self, items: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """items [n] -> two views of them, each [1 .. n], -1 where an item is hidden."""
+        return self._one(items, rng), self._one(items, rng)
+
+    def _one(self, items: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if not self.kinds:
+            return items.copy()
+        kind = self.kinds[int(rng.integers(len(self.kinds)))]
+        return HISTORY_VIEWS[kind](items, rng, self.rate(kind))

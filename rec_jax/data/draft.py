@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rec_jax.data.augment import HistoryViews
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.types import Batch, Ragged
 
@@ -21,6 +22,7 @@ class BatchSpec:
       encode_items: False where item vectors come from a table.
       negatives: K, mined negatives that each example brings; 0 = none.
       negative_items: places of M for them where nothing is encoded; see `with_negatives`.
+      views: how two views of each packed history are made; None = none.
     """
 
     shards: int
@@ -35,6 +37,7 @@ class BatchSpec:
     encode_items: bool
     negatives: int = 0
     negative_items: int = 0
+    views: HistoryViews | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> BatchSpec:
@@ -51,6 +54,7 @@ class BatchSpec:
             user_history=b.user_history,
             user_kind=config.towers.user.kind,
             encode_items=config.towers.text.source == "tokens",
+            views=HistoryViews.from_config(config) if config.towers.user.kind == "history" else None,
         )
 
     def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:
@@ -80,7 +84,7 @@ class Draft:
       spec: the budgets.
       texts: tokens of each catalogue item; None where nothing is encoded.
       negatives: [U, K] mined negatives of each user; None without.
-      seed: of the places where written-out histories are cut.
+      seed: of the places where written-out histories are cut, and of views.
     """
 
     def __init__(self, spec: BatchSpec, texts: Ragged | None, negatives: np.ndarray | None, seed: int):
@@ -97,6 +101,10 @@ class Draft:
             shape = (spec.history_rows, spec.history_length)
             self._rows = Rows(*shape, per_row=shape[1])
             self._history, self._segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+            if spec.views is not None:
+                self._views, self._view_segments = np.full((2, *shape), -1, np.int32), np.zeros((2, *shape), np.int32)
+                self._view_places = np.full((2, spec.queries), -1, np.int32)
+                self._view_targets = np.full(spec.queries, -1, np.int32)
         else:
             self._user_rows = TextRows(spec.user_rows, spec.row_tokens)
             self._user_places = np.zeros(spec.queries, np.int32)
@@ -108,7 +116,8 @@ class Draft:
     def add(self, user: int, items: np.ndarray, position: int) -> bool:
         """Adds an example whole, or leaves the draft as it was and returns False."""
         mined = self._negatives_of(user, items)
-        added = self._add_history(items, mined) if self._spec.user_kind == "history" else self._add_text(items, mined, position)
+        add = self._add_history if self._spec.user_kind == "history" else self._add_text
+        added = add(items, mined, position)
         if added:
             self._examples.append(user)
         return added
@@ -120,7 +129,7 @@ class Draft:
         mined = self._mined[user]
         return np.where(np.isin(mined, items), -1, mined)
 
-    def _add_history(self, items: np.ndarray, mined: np.ndarray) -> bool:
+    def _add_history(self, items: np.ndarray, mined: np.ndarray, position: int) -> bool:
         mark = self._rows.mark()
         at = self._rows.place(len(items) - 1)
         if at is None or not self._add_items(items, mined):
@@ -134,7 +143,19 @@ class Draft:
         self._targets[flat : flat + len(items) - 1] = local[1:]
         self._weights[flat : flat + len(items) - 1] = 1.0
         self._put_negatives(slice(flat, flat + len(items) - 1), mined)
+        if self._spec.views is not None:
+            self._put_views(self._spec.views, local, at, position)
         return True
+
+    def _put_views(self, views: HistoryViews, window: np.ndarray, at: tuple[int, int, int], position: int) -> None:
+        """Two views of a window's history, where the history itself stands: none is longer. Drawn by the position alone."""
+        row, offset, segment = at
+        number = len(self._examples)
+        for n, view in enumerate(views.draw(window[:-1], np.random.default_rng((self._seed, position)))):
+            here = slice(offset, offset + len(view))
+            self._views[n, row, here], self._view_segments[n, row, here] = view, segment
+            self._view_places[n, number] = row * self._spec.history_length + offset + len(view) - 1
+        self._view_targets[number] = window[-1]
 
     def _add_text(self, items: np.ndarray, mined: np.ndarray, position: int) -> bool:
         number, texts = len(self._examples), self._texts
@@ -192,6 +213,9 @@ class Draft:
             out.item_places = self._item_places
         if self._spec.user_kind == "history":
             out.history, out.history_segments = self._history, self._segments
+            if self._spec.views is not None:
+                out.view_history, out.view_segments = self._views, self._view_segments
+                out.view_places, out.view_targets = self._view_places, self._view_targets
         else:
             out.user_tokens, out.user_segments = self._user_rows.tokens, self._user_rows.segments
             out.user_places = self._user_places

@@ -6,7 +6,6 @@ batches. A shard fills its budgets in order; what does not fit waits for the nex
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,115 +15,12 @@ import numpy as np
 
 from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
+from rec_jax.data.windows import Order, Replay, Turns, Windows
 from rec_jax.types import Batch, Ragged, RecJaxError
 
-__all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "Windows", "prefetched"]
+__all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "WindowBatches", "prefetched"]
 
 LOOK_AHEAD = 16  # examples that may wait for the next batch before a shard is closed
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Examples of an epoch: window i is the events [start, stop) of a user; a window of n events trains n - 1 predictions.
-
-    Windows of one user overlap by one event, so that every event but a user's first is a target exactly once an epoch.
-    """
-
-    user: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-
-    @classmethod
-    def of(cls, lengths: np.ndarray, size: int | None) -> Windows:
-        """Cuts each user's train events [U] into windows of at most size + 1 events, from the newest back; None = one window a user."""
-        pairs = np.maximum(lengths.astype(np.int64) - 1, 0)
-        count = np.minimum(pairs, 1) if size is None else -(-pairs // size)
-        user = np.repeat(np.arange(len(lengths)), count)
-        number = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
-        stop = lengths[user].astype(np.int64) - number * (size or 0)
-        start = np.zeros_like(stop) if size is None else np.maximum(stop - size - 1, 0)
-        return cls(user.astype(np.int64), start, stop)
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-
-class _Source:
-    """Random access to windows of records, for `grain.MapDataset.source`."""
-
-    def __init__(self, records: Any, windows: Windows):
-        self._records, self._windows = records, windows
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
-        w = self._windows
-        user = int(w.user[index])
-        record = self._records[user]
-        items = record["items"][record["splits"] == 0]
-        return user, items[w.start[index] : w.stop[index]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """How much of the data that an earlier run was trained on comes again; a window is new if it predicts an event that is.
-
-    Attributes:
-      share: of the other windows, how many an epoch takes; the next epochs take others until all have had their turn.
-      new: [E] bool, which train events are new, user by user, oldest first.
-    """
-
-    share: float
-    new: np.ndarray
-
-    def turns(self, windows: Windows, train_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """The new windows, the others, and how many of the others an epoch takes.
-
-        Raises:
-          RecJaxError: flags of other events, no new window.
-        """
-        first = np.concatenate([[0], np.cumsum(train_lengths, dtype=np.int64)])
-        before = np.concatenate([[0], np.cumsum(self.new, dtype=np.int64)])  # new events before each place
-        if len(self.new) != first[-1]:
-            raise RecJaxError(f"{len(self.new)} flags of new events for {first[-1]} train events")
-        start = first[windows.user]
-        new = before[start + windows.stop] > before[start + windows.start + 1]  # a window never predicts its first event
-        if not new.any() and self.share < 1:
-            raise RecJaxError(
-                f"config.start.replay={self.share}: no window predicts an event that the old workdir was not trained on; "
-                "set it to 1.0, or look at config.data.path"
-            )
-        others = np.flatnonzero(~new)
-        return np.flatnonzero(new), others, round(self.share * len(others))
-
-
-class _Order:
-    """The endless order of windows by position, a new one each epoch; random access.
-
-    Args:
-      records, windows: what there is.
-      seed: of the order.
-      turns: of `Replay`; None = every window each epoch.
-    """
-
-    def __init__(self, records: Any, windows: Windows, seed: int, turns: tuple[np.ndarray, np.ndarray, int] | None):
-        self._source, self._turns = _Source(records, windows), turns
-        self.per_epoch = len(windows) if turns is None else len(turns[0]) + turns[2]
-        shuffled = lambda size: grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-        self._places = shuffled(self.per_epoch)
-        self._others = shuffled(len(turns[1])) if turns is not None and turns[2] else None
-
-    def __getitem__(self, position: int) -> tuple[int, np.ndarray]:
-        place = int(self._places[position])
-        if self._turns is None:
-            return self._source[place]
-        always, others, count = self._turns
-        if place < len(always):
-            return self._source[int(always[place])]
-        assert self._others is not None
-        turn = position // self.per_epoch * count + place - len(always)
-        return self._source[int(others[int(self._others[turn])])]
 
 
 class Stream(Protocol):
@@ -138,6 +34,16 @@ class Stream(Protocol):
     def go_to(self, number: int, waiting: Sequence[int]) -> None: ...
 
     def fill(self) -> Batch: ...
+
+
+class WindowDraft(Protocol):
+    """A shard's part of a batch as it fills with windows."""
+
+    def has_room(self) -> bool: ...
+
+    def add(self, user: int, items: np.ndarray, position: int) -> bool: ...
+
+    def batch(self) -> Batch: ...
 
 
 class ShardedBatches(grain.IterDataset):
@@ -170,7 +76,35 @@ class ShardedBatches(grain.IterDataset):
         return (stream.next - len(stream.waiting)) / batches * self.spec.shards
 
 
-class Batches(ShardedBatches):
+class WindowBatches(ShardedBatches):
+    """Batches whose examples are windows of histories, in one endless order; each is added whole to a draft, or waits.
+
+    Attributes:
+      seed: of the order, and of what a draft draws by the position of an example.
+    """
+
+    seed: int
+
+    def _set_order(self, records: Any, windows: Windows, shards: range | None, *, turns: Turns | None = None) -> None:
+        """The windows of `records` in a new order each epoch; `spec` and `seed` are set."""
+        self.shards = range(self.spec.shards) if shards is None else shards
+        self._order = Order(records, windows, self.seed, turns)
+        self.examples_per_epoch = self._order.per_epoch
+
+    def draft(self) -> WindowDraft:
+        """An empty part of a batch."""
+        raise NotImplementedError
+
+    def stream(self, shard: int) -> Stream:
+        """See `ShardedBatches`."""
+        return _Shard(self, shard)
+
+    def example(self, position: int) -> tuple[int, np.ndarray]:
+        """Position in the endless order -> (row of the users table, items of the window)."""
+        return self._order[position]
+
+
+class Batches(WindowBatches):
     """Endless batches [local shards, ...] of numpy arrays; see the module's text for their order.
 
     Args:
@@ -208,12 +142,10 @@ class Batches(ShardedBatches):
                 raise RecJaxError(f"negatives {negatives.shape}: expected [U, K] with U = {len(train_lengths)} users")
             spec = spec.with_negatives(negatives.shape[1], float((windows.stop - windows.start - 1).mean()))
         self.spec, self.seed, self.texts, self.negatives = spec, seed, texts, negatives
-        self.shards = range(spec.shards) if shards is None else shards
         self._check(windows)
         turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths))
         self._windows, self._lengths, self._turns = windows, np.asarray(train_lengths, np.int64), turns
-        self._order = _Order(records, windows, seed, turns)
-        self.examples_per_epoch = self._order.per_epoch
+        self._set_order(records, windows, shards, turns=turns)
 
     def _check(self, windows: Windows) -> None:
         s = self.spec
@@ -238,9 +170,9 @@ class Batches(ShardedBatches):
                     f"or lower batch.history_length={s.history_length}{fewer}"
                 )
 
-    def stream(self, shard: int) -> Stream:
-        """See `ShardedBatches`."""
-        return _Shard(self, shard)
+    def draft(self) -> Draft:
+        """See `WindowBatches`."""
+        return Draft(self.spec, self.texts, self.negatives, self.seed)
 
     def times_predicted(self) -> np.ndarray:
         """How often an epoch predicts each train event, on average [E] float64, user by user; a user's first event never."""
@@ -254,15 +186,11 @@ class Batches(ShardedBatches):
         np.add.at(edges, first + w.stop, -times)
         return np.cumsum(edges[:-1])
 
-    def example(self, position: int) -> tuple[int, np.ndarray]:
-        """Position in the endless order -> (row of the users table, items of the window)."""
-        return self._order[position]
-
 
 class _Shard:
     """One shard's stream: its next example and those that wait, by their number within the shard."""
 
-    def __init__(self, batches: Batches, shard: int):
+    def __init__(self, batches: WindowBatches, shard: int):
         self._batches, self._shard = batches, shard
         self.next = 0
         self._waiting: dict[int, tuple[int, np.ndarray]] = {}
@@ -284,8 +212,7 @@ class _Shard:
 
     def fill(self) -> Batch:
         """The shard's next part of a batch (no shard axis)."""
-        b = self._batches
-        draft = Draft(b.spec, b.texts, b.negatives, b.seed)
+        draft = self._batches.draft()
         left: dict[int, tuple[int, np.ndarray]] = {}
         queue = iter(list(self._waiting.items()))
         while len(left) < LOOK_AHEAD and draft.has_room():

@@ -27,7 +27,7 @@ ORDER, TRAINING, HELD_OUT = 1, 2, 3  # streams of random numbers, each of a seed
 def text_spec(config: Any) -> BatchSpec:
     """The budgets of batches of texts: R, T, M and G as `config.batch` says, and a single query a shard, which is none."""
     spec = BatchSpec.from_config(config)
-    return dataclasses.replace(spec, history_rows=1, history_length=1, user_kind="history", encode_items=True)
+    return dataclasses.replace(spec, history_rows=1, history_length=1, user_kind="history", encode_items=True, views=None)
 
 
 class TextBatches(ShardedBatches):

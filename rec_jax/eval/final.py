@@ -13,9 +13,9 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax.data import vocabulary
 from rec_jax.data.prepare import Prepared, prepare
-from rec_jax.eval import baselines, bootstrap, labelled, logged, rankings, report
+from rec_jax.eval import baselines, bootstrap, cross, labelled, logged, rankings, report
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, load_encoder, text_table, text_vectors, trained_text
-from rec_jax.eval.model import load
+from rec_jax.eval.model import load, towers_of
 from rec_jax.eval.workdir import best_params, read_config
 from rec_jax.types import EvalSet, Ragged
 
@@ -68,7 +68,7 @@ def texts_per_second(encoder: Encoder, tokens: Ragged, row_tokens: int) -> float
 
 
 def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: Say) -> tuple[Metrics, str]:
-    """Measures a stage, writes its figures into its folder -> (metrics, what they are: "ranking", "texts" or "labels")."""
+    """Measures a stage, writes its figures into its folder -> (metrics, what they are: "ranking", "texts", "labels" or "pairs")."""
     config = config_lib.for_stage(whole, stage) if stage else whole
     folder, prepared = workdir / stage if stage else workdir, prepare(config)
     if config.batch.kind == "texts":
@@ -88,6 +88,17 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
         if stage:
             report.write_json(folder / "eval" / f"{split}.json", found)
         return found, "labels"
+    elif config.batch.kind == "pairs":
+        params, _ = best_params(folder)
+        towers = towers_of(config, prepared, encoder_of(whole, workdir, stage, prepared)[1])
+        model = cross.CrossEncoder(config, prepared, vocabulary.catalogue_tokens(config, prepared), towers)
+        if not config.eval.rerank:
+            found = model.measure(params, split)
+            if stage:
+                report.write_json(folder / "eval" / f"{split}.json", found)
+            return found, "pairs"
+        before = _ranking_stage_before(whole, stage)
+        ranked = model.rerank(params, cross.first_rankings(config, prepared, workdir, before, split, say), split)
     else:
         trained = load(workdir, stage, say=say)
         ranked = trained.model.rank(trained.params, prepared.eval_set(split), name=split, items=trained.items)
@@ -99,6 +110,13 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
     if stage and stage == whole.stages[-1]:
         bootstrap.write_users(workdir, split, users, ranked.per_user, fingerprint=fingerprint)
     return ranked.metrics, "texts" if config.batch.kind == "texts" else "ranking"
+
+
+def _ranking_stage_before(whole: Any, stage: str | None) -> str | None:
+    """The last stage before another one that ranks by vectors or a task head; None where there is none."""
+    earlier = whole.stages[: whole.stages.index(stage)] if stage else ()
+    ranking = [name for name in earlier if config_lib.for_stage(whole, name).batch.kind == "histories"]
+    return ranking[-1] if ranking else None
 
 
 def _table(config: Any, encoder: Encoder, prepared: Prepared, say: Say) -> np.ndarray:
@@ -116,11 +134,14 @@ def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> di
     whole, workdir = read_config(workdir), epath.Path(workdir)
     rows: dict[str, Metrics] = {}
     clicks: dict[str, Metrics] = {}
+    pairs: dict[str, Metrics] = {}
     last: Metrics = {}
     for stage in whole.stages or (None,):
         last, kind = _stage(workdir, whole, stage, split, say)
         if kind == "labels":
             clicks[stage or "model"] = last
+        elif kind == "pairs":
+            pairs[stage or "model"] = last
         else:
             rows[f"{stage}: texts alone" if kind == "texts" else stage or "model"] = last
     config = config_lib.for_stage(whole, whole.stages[-1]) if whole.stages else whole
@@ -143,8 +164,10 @@ def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> di
         for name, metrics in clicks.items():
             if valued := logged.table_rows(metrics, split):
                 say(f"\n{split}: {name}, reward per {logged.PER:,} impressions by the log\n{report.table(valued, best=False)}")
+    if pairs:
+        say(f"\n{split}: the target beside batch.pair_negatives drawn items\n{report.table(pairs)}")
     report.write_json(workdir / "eval" / f"{split}.json", flat)
-    return {**rows, **clicks}
+    return {**rows, **clicks, **pairs}
 
 
 def _named(others: dict[str, Metrics], split: str) -> Metrics:

@@ -14,6 +14,7 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax import processes, towers
 from rec_jax.data import draft, packing, vocabulary
+from rec_jax.data.augment import HistoryViews
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, text_blocks, text_table, text_vectors
@@ -103,18 +104,29 @@ class Model:
             out[block.texts] = vectors.reshape(-1, self.spec.dim)[block.places]
         return processes.total(out) if self.shared else out
 
-    def rank(self, params: Params, eval_set: EvalSet, *, name: str, items: np.ndarray | None = None) -> rankings.Rankings:
-        """Ranks an evaluation set over the whole catalogue; `items` are `item_vectors`, where they are there already."""
+    def rank(
+        self,
+        params: Params,
+        eval_set: EvalSet,
+        *,
+        name: str,
+        items: np.ndarray | None = None,
+        ks: tuple[int, ...] = (),
+        exclude: Ragged | None = None,
+    ) -> rankings.Rankings:
+        """Ranks an evaluation set over the whole catalogue; `items` are `item_vectors`, where they are there already.
+
+        `ks` are list lengths, by default those of config.eval.k; `exclude` is that of `rankings.evaluate_vectors`.
+        """
         items = self.item_vectors(params) if items is None else items
         e = self.config.eval
+        options: dict[str, Any] = {"ks": ks or tuple(e.k), "name": name, "users_per_block": e.users_per_block, "exclude": exclude}
         if e.rank_by == "task":
-            return self._rank_by_task(params, eval_set, name, items)
+            return self._rank_by_task(params, eval_set, items, options)
         users = self.user_vectors(params, items, eval_set.history)
-        return rankings.evaluate_vectors(
-            users, items, eval_set, ks=tuple(e.k), name=name, users_per_block=e.users_per_block, items_per_block=e.items_per_block
-        )
+        return rankings.evaluate_vectors(users, items, eval_set, items_per_block=e.items_per_block, **options)
 
-    def _rank_by_task(self, params: Params, eval_set: EvalSet, name: str, items: np.ndarray) -> rankings.Rankings:
+    def _rank_by_task(self, params: Params, eval_set: EvalSet, items: np.ndarray, options: dict[str, Any]) -> rankings.Rankings:
         e, scores = self.config.eval, self._scores
         assert scores is not None  # eval.rank_by='task' gives the towers a head
 
@@ -124,7 +136,7 @@ class Model:
             filled[: len(users)] = users
             return np.asarray(scores(params, filled, items))[: len(users)]
 
-        return rankings.evaluate_scores(scorer, eval_set, ks=tuple(e.k), name=name, users_per_block=e.users_per_block)
+        return rankings.evaluate_scores(scorer, eval_set, **options)
 
     def validate(self, params: Params, *, step: int) -> dict[str, float]:
         """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""
@@ -145,6 +157,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tow
     """The towers that a stage's config describes, on this data and with this encoder."""
     tasks = int(config.objectives.task.weight > 0 or config.eval.rank_by == "task")
     context: tuple[int, ...] = ()
+    views = HistoryViews.from_config(config)
     if config.batch.kind == "impressions":
         impressions = prepared.impressions("train")
         tasks, context = len(impressions.tasks), impressions.sizes
@@ -156,6 +169,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tow
         n_users=prepared.n_users,
         tasks=tasks,
         context=context,
+        mask=views is not None and views.hides,
     )
 
 
@@ -226,6 +240,8 @@ def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print)
     config = config_lib.for_stage(whole, name) if name else whole
     if config.batch.kind == "texts":
         raise RecJaxError(f"stage {name!r} of {workdir} trained an encoder on texts, and no towers: name a later stage")
+    if config.batch.kind == "pairs":
+        raise RecJaxError(f"stage {name!r} of {workdir} trained a cross-encoder on pairs, and no towers: name a stage before it")
     folder = epath.Path(workdir) / name if name else epath.Path(workdir)
     params, step = best_params(folder)
     prepared = prepare(config)

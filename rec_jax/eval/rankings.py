@@ -49,6 +49,7 @@ def evaluate_vectors(
     name: str = "test",
     users_per_block: int = 256,
     items_per_block: int = topk.BLOCK,
+    exclude: Ragged | None = None,
     bias: Array | None = None,
     mesh: Mesh | None = None,
     axis: Axis | None = None,
@@ -61,6 +62,7 @@ def evaluate_vectors(
       users: one vector for each row of `eval_set`.
       ks: list lengths of the metrics.
       name: of the split; metrics are called `name/...` and `name_all/...`.
+      exclude: items that the ranking `name/...` leaves out for each user; None: those of the history.
       bias, mesh, axis: as in `topk.top_k`.
 
     Raises:
@@ -89,7 +91,7 @@ def evaluate_vectors(
         )
         return topk.Ranked(*(x[: len(rows)] for x in out))
 
-    return _evaluate(block, eval_set, ks, name, users_per_block)
+    return _evaluate(block, eval_set, ks, name, users_per_block, exclude)
 
 
 def evaluate_scores(
@@ -99,6 +101,7 @@ def evaluate_scores(
     ks: Sequence[int],
     name: str = "test",
     users_per_block: int = 256,
+    exclude: Ragged | None = None,
 ) -> Rankings:
     """scorer(histories [q]) -> scores [q, N] float32 -> Rankings of the users of `eval_set`; the scorer gets their histories, in blocks.
 
@@ -111,11 +114,11 @@ def evaluate_scores(
             raise RecJaxError(f"the scorer gave scores of shape {scores.shape}, expected {(len(rows), eval_set.n_items)}")
         return topk.rank_and_top_k_of_scores(scores, target, k=max(ks), exclude=exclude)
 
-    return _evaluate(block, eval_set, ks, name, users_per_block)
+    return _evaluate(block, eval_set, ks, name, users_per_block, exclude)
 
 
-def _evaluate(block: Block, eval_set: EvalSet, ks: Sequence[int], name: str, users_per_block: int) -> Rankings:
-    history, targets = eval_set.history, eval_set.targets
+def _evaluate(block: Block, eval_set: EvalSet, ks: Sequence[int], name: str, users_per_block: int, excluded: Ragged | None) -> Rankings:
+    history, targets = eval_set.history if excluded is None else excluded, eval_set.targets
     n = len(eval_set.users)
     if not n or len(history) != n or len(targets) != n:
         raise RecJaxError(
@@ -133,10 +136,15 @@ def _evaluate(block: Block, eval_set: EvalSet, ks: Sequence[int], name: str, use
         exclude = _padded(history, rows, _bucket(int(lengths[rows].max())))
         out = block(rows, _once(_padded(targets, rows, width)), exclude)
         ids[rows], ranks[rows], ranks_all[rows] = out.ids, out.ranks, out.ranks_all
+    return of_ranks(ids, ranks, ranks_all, ks=ks, name=name, n_items=eval_set.n_items)
+
+
+def of_ranks(ids: np.ndarray, ranks: np.ndarray, ranks_all: np.ndarray, *, ks: Sequence[int], name: str, n_items: int) -> Rankings:
+    """Best ids [U, at least max k] and ranks [U, Tg], as `Rankings` has them -> the Rankings with their metrics."""
     values = {f"{name}/{key}": v for key, v in metrics.per_user(ranks, ks=tuple(ks)).items()}
     values |= {f"{name}_all/{key}": v for key, v in metrics.per_user(ranks_all, ks=tuple(ks)).items()}
     means = {key: float(v.mean()) for key, v in values.items()}
-    means |= {f"{name}/coverage@{k}": metrics.coverage(ids, k=k, n_items=eval_set.n_items) for k in ks}
+    means |= {f"{name}/coverage@{k}": metrics.coverage(ids, k=k, n_items=n_items) for k in ks}
     return Rankings(means, values, ids, ranks, ranks_all)
 
 

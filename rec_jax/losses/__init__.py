@@ -12,6 +12,7 @@ from rec_jax.losses.distill_vectors import (
     hidden_states_loss,
     vector_loss,
 )
+from rec_jax.losses.groups import group_info_nce
 from rec_jax.losses.matryoshka import matryoshka
 from rec_jax.losses.pointwise import bce, bce_with_negatives, calibrated_logit, observed, regression
 from rec_jax.losses.policy import (
@@ -48,6 +49,7 @@ __all__ = [
     "distance_loss",
     "entropy_of",
     "fixed_weights",
+    "group_info_nce",
     "hidden_states_loss",
     "importance_weights",
     "info_nce",

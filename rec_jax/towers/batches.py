@@ -1,6 +1,7 @@
 """Batches through the towers: every forward that objectives may ask for, each once.
 
-Batches of users make user and item vectors, and what the task head says of pairs; batches of texts teach the encoder alone.
+Batches of users make user and item vectors, and what the task head says of pairs; batches of texts teach the encoder alone, and batches of
+pairs a cross-encoder, which makes no vectors.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def encode_batch(
     catalogue: bool,
     keys: Mapping[str, jax.Array] | None,
     views: bool = False,
+    history_views: bool = False,
     drawn_ids: jax.Array | None = None,
     texts: Mapping[str, Array] | None = None,
     layers: bool = False,
@@ -48,9 +50,10 @@ def encode_batch(
       batch: see `types.Batch`.
       table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`.
       catalogue: also the vectors of all items, by the table, or by `texts` where they are given.
-      keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, and "view" (item
-        rows again) with `views`; None = no dropout.
+      keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, "view" (item rows
+        again) with `views`, and "history_view" (twice the user rows) with `history_views`; None = no dropout.
       views: also the batch's items by their texts alone, twice, each time with dropout of its own.
+      history_views: also the user vectors of the batch's views of histories.
       drawn_ids: [U] int32, catalogue items whose vectors are also wanted, by the table.
       texts: the catalogue's packed texts {"tokens" [R, T], "segments" [R, T], "places" [N]}, to encode all of them in this step.
       layers: also every layer's hidden states and attention weights of the batch's item texts.
@@ -59,12 +62,15 @@ def encode_batch(
       mesh: the devices over whose batch axes the shards lie, so that chunks add up their gradients before devices do; None = one device.
 
     Raises:
-      RecJaxError: a table is needed and absent, views or layers without an encoder in the step, scores without a task head.
+      RecJaxError: a table is needed and absent, views or layers without an encoder in the step, views of histories that are not in the
+        batch, scores without a task head.
     """
     if table is None and ((catalogue and texts is None) or drawn_ids is not None or not spec.encode):
         raise RecJaxError("vectors of the catalogue need a table of text vectors: towers.text.source='frozen', or batch candidates")
     if (views or layers or texts is not None) and not spec.encode:
         raise RecJaxError("two views of a text, and its layers, need the encoder in the step: towers.text.source='tokens'")
+    if history_views and batch.view_history is None:
+        raise RecJaxError("views of histories are asked for, but not in the batch: set BatchSpec.views")
     if scores and spec.task is None:
         raise RecJaxError("scores of pairs need a task head: TwoTowerSpec.task")
     params = merged(params, spec)
@@ -80,6 +86,8 @@ def encode_batch(
     out = Outputs(user=_users(params, spec, batch, item, keys, chunk_rows, mesh), item=item, text=text, drawn_ids=drawn_ids)
     if views:
         out.views = text_item_vectors(params, spec, jnp.stack([text, text_of_items("view")]))
+    if history_views:
+        out.history_views = _history_views(params, spec, batch, item, _key(keys, "history_view"))
     if catalogue:
         everything = table if texts is None else _all_texts(params, spec, texts)
         assert everything is not None
@@ -109,13 +117,34 @@ def _users(
     if spec.history is None:
         pooled = _packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user"), chunk_rows, mesh)
         return text_item_vectors(params, spec, _lookup(pooled, batch.user_places))
-    shards, rows, places = batch.history.shape
-    vectors = over_batch(_lookup(item, batch.history).reshape(shards * rows, places, spec.dim))
-    segments = batch.history_segments.reshape(shards * rows, places)
-    user_keys = _key(keys, "user")
-    user = history.encode(params["user"], spec.history, vectors, segments, keys=None if user_keys is None else user_keys.reshape(-1))
-    user = over_batch(user.reshape(shards, rows * places, spec.dim))
+    return _histories(params, spec, item, jnp.asarray(batch.history), jnp.asarray(batch.history_segments), _key(keys, "user"), hides=False)
+
+
+def _histories(
+    params: Params, spec: TwoTowerSpec, item: jax.Array, places: jax.Array, segments: jax.Array, keys: jax.Array | None, *, hides: bool
+) -> jax.Array:
+    """Items of the batch [G, M, D], packed histories [G, R, S] of local indices -> user vectors [G, R * S, D].
+
+    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones.
+    """
+    assert spec.history is not None
+    shards, rows, length = places.shape
+    vectors = over_batch(_lookup(item, places).reshape(shards * rows, length, spec.dim))
+    hidden = ((places < 0) & (segments > 0)).reshape(shards * rows, length) if hides else None
+    flat, keys = segments.reshape(shards * rows, length), None if keys is None else keys.reshape(-1)
+    user = history.encode(params["user"], spec.history, vectors, flat, hidden=hidden, keys=keys)
+    user = over_batch(user.reshape(shards, rows * length, spec.dim))
     return unit_length(user) if spec.normalize else user
+
+
+def _history_views(params: Params, spec: TwoTowerSpec, batch: Batch, item: jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Items of the batch [G, M, D] -> user vectors of both views of its examples [2, G, E, D], at the last item of each view."""
+    shards, two, rows, length = batch.view_history.shape
+    stacked = lambda x: jnp.asarray(x).reshape(shards, two * rows, length)
+    hides = spec.history is not None and spec.history.mask
+    user = _histories(params, spec, item, stacked(batch.view_history), stacked(batch.view_segments), keys, hides=hides)
+    places = jnp.asarray(batch.view_places) + rows * length * jnp.arange(two, dtype=jnp.int32)[:, None]
+    return jnp.moveaxis(_lookup(user, places), 1, 0)
 
 
 def _all_texts(params: Params, spec: TwoTowerSpec, texts: Mapping[str, Array]) -> jax.Array:
@@ -196,6 +225,30 @@ def encode_texts(
 
         out.views = jnp.stack([view("text"), view("view")])
     return out
+
+
+def encode_pairs(params: Params, spec: TwoTowerSpec, batch: Batch, *, keys: Mapping[str, jax.Array] | None) -> Outputs:
+    """A batch of pairs in G shards -> pairs [G, E, 1 + K].
+
+    Args:
+      params: {"text", "cross"}.
+      spec: the encoder's part of it counts.
+      batch: pairs of texts, the 1 + K of an example one after the other.
+      keys: typed keys [G, R] of the stream "text" for dropout; None = no dropout.
+    """
+    (shards, _, length), examples = batch.item_tokens.shape, batch.targets.shape[1]
+    flat = lambda x: over_batch(jnp.asarray(x).reshape(-1, length))
+    logits = interactions.cross_scores(
+        params["cross"],
+        params["text"],
+        spec.text,
+        flat(batch.item_tokens),
+        flat(batch.item_segments),
+        types=flat(batch.item_types),
+        texts_per_row=spec.texts_per_row,
+        keys=None if keys is None else keys["text"].reshape(-1),
+    )
+    return Outputs(pairs=_lookup(over_batch(logits.reshape(shards, -1)), batch.item_places).reshape(shards, examples, -1))
 
 
 def _key(keys: Mapping[str, jax.Array] | None, name: str) -> jax.Array | None:

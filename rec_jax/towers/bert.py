@@ -52,7 +52,7 @@ class BertSpec:
       heads: attention heads; divides width.
       mlp_width: width between the two matrices of the MLP.
       max_positions: the longest text, in tokens.
-      type_vocab: rows of the token type table; only row 0 is used.
+      type_vocab: rows of the token type table; row 0 is used where no types are given.
       layer_norm_eps: added to the variance.
       activation: "gelu" (exact, with erf), "gelu_new" (tanh form) or "relu".
       dropout: rate after the embeddings, the attention and the MLP; acts only where keys are given.
@@ -152,11 +152,11 @@ class Embeddings(nn.Module):
     spec: BertSpec
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, keys: jax.Array | None, types: jax.Array | None = None) -> jax.Array:
         s = self.spec
         x = _Embed(s.vocab_size, s.width, name="word")(tokens)
         x = x + _Embed(s.max_positions, s.width, name="position")(positions)
-        x = x + _Embed(s.type_vocab, s.width, name="token_type")(jnp.zeros((), jnp.int32))
+        x = x + _Embed(s.type_vocab, s.width, name="token_type")(jnp.zeros((), jnp.int32) if types is None else types)
         x = LayerNorm(s.layer_norm_eps, DTYPES[s.dtype], name="norm")(x)
         return drop(x, keys, "embeddings", s.dropout)
 
@@ -225,7 +225,14 @@ def segment_positions(segment_ids: Array) -> jax.Array:
 
 
 def encode(
-    params: Params, spec: BertSpec, tokens: Array, segment_ids: Array, *, positions: Array | None = None, keys: jax.Array | None = None
+    params: Params,
+    spec: BertSpec,
+    tokens: Array,
+    segment_ids: Array,
+    *,
+    positions: Array | None = None,
+    types: Array | None = None,
+    keys: jax.Array | None = None,
 ) -> jax.Array:
     """tokens [R, T], segment_ids [R, T] -> hidden [R, T, D] in the compute dtype; padding gives zeros.
 
@@ -238,12 +245,13 @@ def encode(
       tokens: ids of the word table; an id outside it gives NaN.
       segment_ids: 1.. within a row, each a run of neighbouring places; 0 is padding.
       positions: position of each token in its text; by default 0.. in each segment. One of max_positions or more gives NaN.
+      types: [R, T] int32 token types; by default all 0. One of type_vocab or more gives NaN.
       keys: typed keys [R], one per row; given, dropout acts.
 
     Raises:
       RecJaxError: shapes that do not fit each other.
     """
-    return _encode(params, spec, tokens, segment_ids, positions, keys, every_layer=False).hidden[-1]
+    return _encode(params, spec, tokens, segment_ids, positions, keys, types=types, every_layer=False).hidden[-1]
 
 
 class Layers(NamedTuple):
@@ -278,6 +286,7 @@ def _encode(
     positions: Array | None,
     keys: jax.Array | None,
     *,
+    types: Array | None = None,
     every_layer: bool,
 ) -> Layers:
     """`encode_layers`, or with every_layer=False the last hidden states alone."""
@@ -290,7 +299,7 @@ def _encode(
     if positions is None:
         positions = jnp.where(real, segment_positions(segment_ids), 0)
     visible = segment_ids[:, :, None] == segment_ids[:, None, :]
-    x: Any = Embeddings(spec).apply({"params": params["embeddings"]}, tokens, positions, keys)
+    x: Any = Embeddings(spec).apply({"params": params["embeddings"]}, tokens, positions, keys, types)
 
     def layer(x: Any, inputs: tuple[Params, Any]) -> tuple[Any, Any]:
         layer_params, number = inputs

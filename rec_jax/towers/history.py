@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from rec_jax.mesh import over_batch
 from rec_jax.towers.bert import segment_positions
 from rec_jax.towers.dropout import dropout, fold
-from rec_jax.types import Params
+from rec_jax.types import Params, RecJaxError
 
 
 @dataclasses.dataclass(frozen=True)
 class HistorySpec:
-    """dim D, layers, heads, mlp (inner width), dropout rate, max_positions (longest history)."""
+    """dim D, layers, heads, mlp (inner width), dropout rate, max_positions (longest history), mask: a learned vector for hidden items."""
 
     dim: int
     layers: int
@@ -27,6 +27,7 @@ class HistorySpec:
     mlp: int
     dropout: float
     max_positions: int
+    mask: bool = False
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
@@ -71,11 +72,20 @@ class _History(nn.Module):
 
 
 def init(key: jax.Array, spec: HistorySpec) -> Params:
-    """Parameters of a history tower."""
-    return _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), jnp.ones((1, 2), jnp.int32), None)["params"]
+    """Parameters of a history tower; `mask` [D] is of about unit length, as item vectors are."""
+    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), jnp.ones((1, 2), jnp.int32), None)["params"]
+    return {**params, "mask": jax.random.normal(fold(key, "mask"), (spec.dim,)) * spec.dim**-0.5} if spec.mask else params
 
 
-def encode(params: Params, spec: HistorySpec, vectors: jax.Array, segment_ids: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
+def encode(
+    params: Params,
+    spec: HistorySpec,
+    vectors: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    hidden: jax.Array | None = None,
+    keys: jax.Array | None = None,
+) -> jax.Array:
     """vectors [R, S, D], segment_ids [R, S] (0 = padding) -> user vectors [R, S, D]; a place sees its own segment up to itself.
 
     Args:
@@ -83,6 +93,14 @@ def encode(params: Params, spec: HistorySpec, vectors: jax.Array, segment_ids: j
       spec: the tower's sizes.
       vectors: item vectors of the places, of about unit length.
       segment_ids: 1.. within a row; each segment lies in one piece.
+      hidden: [R, S] bool, places whose item is hidden behind the learned vector; needs `spec.mask`. None = none.
       keys: [R] typed keys, one a row, for dropout; None = no dropout.
+
+    Raises:
+      RecJaxError: hidden items, and no vector for them.
     """
+    if hidden is not None:
+        if not spec.mask:
+            raise RecJaxError("items of a history are hidden, but the tower has no vector for them: set HistorySpec.mask")
+        vectors = jnp.where(hidden[..., None], params["mask"].astype(vectors.dtype), vectors)
     return jnp.asarray(_History(spec).apply({"params": params}, vectors, segment_ids, keys))

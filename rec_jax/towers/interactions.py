@@ -309,6 +309,7 @@ def cross_scores(
     segment_ids: Array,
     *,
     texts_per_row: int,
+    types: Array | None = None,
     keys: jax.Array | None = None,
 ) -> jax.Array:
     """tokens [R, T], segment_ids [R, T] -> logits [R, K]: each segment is one pair, "user text [SEP] item text".
@@ -319,11 +320,12 @@ def cross_scores(
       tokens: packed pairs.
       segment_ids: 1..K within a row, 0 is padding; a place without a pair has a logit of no meaning.
       texts_per_row: K.
+      types: [R, T] token types, 1 for the item's text; None, or an encoder that knows one type only: all 0.
       keys: typed keys [R]; given, the encoder's dropout acts.
 
     Reference: Nogueira and Cho 2019, "Passage Re-ranking with BERT", section 3.
     """
-    hidden = encode(text_params, spec, tokens, segment_ids, keys=keys)
+    hidden = encode(text_params, spec, tokens, segment_ids, types=types if spec.type_vocab > 1 else None, keys=keys)
     pooled = pool_segments(hidden, jnp.asarray(segment_ids), segments=texts_per_row, kind=spec.pooling)
     inner = jnp.tanh(jnp.einsum("rkd,de->rke", pooled, head["transform"]["kernel"]) + head["transform"]["bias"])
     return (jnp.einsum("rke,eo->rko", inner, head["out"]["kernel"]) + head["out"]["bias"])[..., 0]

@@ -70,6 +70,7 @@ def make_spec(
     n_users: int = 0,
     tasks: int = 0,
     context: tuple[int, ...] = (),
+    mask: bool = False,
 ) -> TwoTowerSpec:
     """The spec that `config.towers` states.
 
@@ -80,11 +81,12 @@ def make_spec(
       n_items, n_users: of the data.
       tasks: L of the task head; 0 = none.
       context: categories of each context field that the head reads.
+      mask: the history tower has a learned vector for hidden items.
     """
     t, u, h = towers.text, towers.user, towers.task
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
-    tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions) if u.kind == "history" else None
+    tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask) if u.kind == "history" else None
     return TwoTowerSpec(
         dim=towers.dim,
         normalize=towers.normalize,

@@ -24,9 +24,9 @@ from rec_jax.cli import main_of
 from rec_jax.data import corpus, text, text_batches, vocabulary
 from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
-from rec_jax.data.pipeline import Replay, Windows
 from rec_jax.data.prepare import Prepared, prepare
-from rec_jax.eval import continual, final, labelled, teacher
+from rec_jax.data.windows import Replay, Windows
+from rec_jax.eval import continual, cross, final, labelled, teacher
 from rec_jax.eval import encoder as encoder_lib
 from rec_jax.eval import model as model_lib
 from rec_jax.eval.workdir import best_params, mark_of
@@ -143,6 +143,8 @@ class _Run:
             taught = two_tower.with_encoder(taught, config.teacher.source == "online")
         start = self.start if name == (self.config.stages or ("",))[0] else None
         stages.check(config, towers, student[0], self.mesh, teacher=taught, labels=self._labels(config), start=start)
+        if config.batch.kind == "pairs":  # whether they fit depends on the texts
+            stages.make_batches(config, stages.Inputs(self.prepared, self.tokens, towers, student[0]), self.mesh)
 
     def _check_temperature(self, config: Any, name: str) -> None:
         """The teacher's scores are over the temperature that it has learned, where the config gives none."""
@@ -217,7 +219,7 @@ class _Run:
                 save_hf(encoder_lib.trained_text(config, params), spec, folder / "encoder", tokenizer=tokenizer)
                 self.clock.say(f"  the encoder as a Hugging Face folder: {folder / 'encoder'}")
             return
-        if config.batch.kind == "impressions" or self.model is None or self.model.validated is None:
+        if config.batch.kind in ("impressions", "pairs") or self.model is None or self.model.validated is None:
             return  # trained before: its vectors are kept already, or are made when they are asked for
         model_lib.keep_item_vectors(folder, step, self.model.item_vectors(params, step=step))
 
@@ -227,6 +229,8 @@ class _Run:
         made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
         if config.batch.kind == "texts":
             return self._text_task(config, name, folder)
+        if config.batch.kind == "pairs":
+            return self._pair_task(config, name, folder)
         row = config.batch.row_tokens
         encoding = (
             plan.text_flops(self.encoder[1], int(self.tokens.lengths().sum()), row_tokens=row, train=False) / self.speed / plan.TEXT_SHARE
@@ -286,6 +290,17 @@ class _Run:
         flops = plan.text_step_flops(task.spec, batches.spec)
         self._announce(name or "model", task, task.loop.total * flops / self.speed / plan.TEXT_SHARE)
         self.clock.say(f"  {len(train):,} texts to train on, {len(kept):,} held out, {int(tokens.lengths().sum()):,} tokens")
+        return task
+
+    def _pair_task(self, config: Any, name: str, folder: epath.Path) -> loop.Task:
+        """A stage that trains a cross-encoder on pairs of histories and items."""
+        towers = model_lib.towers_of(config, self.prepared, self.encoder[1])
+        inputs = stages.Inputs(self.prepared, self.tokens, towers, self.encoder[0], last=self.last)
+        batches = stages.make_batches(config, inputs, self.mesh)
+        measured = cross.CrossEncoder(config, self.prepared, self.tokens, towers)
+        task = stages.make_task(config, name, folder, inputs, batches, self.mesh, measured.validate)
+        flops = plan.text_step_flops(task.spec, batches.spec)
+        self._announce(name or "model", task, task.loop.total * flops / self.speed / plan.TEXT_SHARE)
         return task
 
     def _announce(self, title: str, task: loop.Task, expected: float) -> None:

@@ -25,7 +25,7 @@ class StepSpec:
       objectives: the weighted ones.
       queue: sizes of the queue of item vectors, or None.
       chunk_rows: packed text rows of a shard that go through the encoder at a time; 0 = all.
-      kind: what batches are made of: "users" (histories or impressions) or "texts".
+      kind: what batches are made of: "users" (histories or impressions), "texts" or "pairs".
       teacher: towers of the teacher, or None.
     """
 
@@ -81,8 +81,12 @@ def outputs(
         return batches.encode_texts(
             params, spec.towers, batch, keys=keys, masked=wants("masked"), denoised=wants("denoised"), views=wants("views")
         )
+    if spec.kind == "pairs":
+        return batches.encode_pairs(params, spec.towers, batch, keys=_keys(key, shards, rows))
     users = batch.history if batch.history is not None else batch.user_tokens
     rows |= {"user": 0 if users is None else users.shape[1], "head": 1}
+    if wants("history_views"):
+        rows["history_view"] = 2 * rows["user"]
     uniform = max(o.uniform for o in spec.objectives)
     return batches.encode_batch(
         params,
@@ -92,6 +96,7 @@ def outputs(
         catalogue=wants("catalogue"),
         keys=_keys(key, shards, rows),
         views=wants("views"),
+        history_views=wants("history_views"),
         drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, len(constants.log_q)) if uniform else None,
         texts=constants.texts,
         layers=wants("layers"),

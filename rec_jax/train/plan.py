@@ -59,7 +59,10 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
         total += 3.0 * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False) + 3.0 * queries * head
     elif towers.history is not None:
         h = towers.history
-        total += 3.0 * queries * (h.layers * (8 * h.dim**2 + 4 * h.dim * h.mlp + 4 * batch.history_length * h.dim) + 4 * h.dim**2)
+        once = h.layers * (8 * h.dim**2 + 4 * h.dim * h.mlp + 4 * batch.history_length * h.dim) + 4 * h.dim**2
+        total += 3.0 * queries * once
+        if any(o.history_views for o in spec.objectives):
+            total += 6.0 * queries * (once + 4 * queries * towers.dim)
     total += passes * shards * batch.items * head + (3.0 * n_items * head if catalogue else 0.0)
     candidates = n_items if catalogue else queries + max(o.queue + o.uniform for o in spec.objectives)
     return total + 6.0 * queries * candidates * towers.dim

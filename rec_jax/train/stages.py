@@ -17,10 +17,12 @@ from rec_jax.data.augment import Corruption
 from rec_jax.data.draft import BatchSpec
 from rec_jax.data.impression_batches import ImpressionBatches, ImpressionSpec
 from rec_jax.data.packing import pack_texts
-from rec_jax.data.pipeline import Batches, Replay
+from rec_jax.data.pair_batches import PairBatches, PairSpec
+from rec_jax.data.pipeline import Batches
 from rec_jax.data.prepare import Prepared
 from rec_jax.data.text_batches import TextBatches, text_spec
-from rec_jax.towers import heads, pretraining, two_tower
+from rec_jax.data.windows import Replay
+from rec_jax.towers import heads, interactions, pretraining, two_tower
 from rec_jax.towers.dropout import fold
 from rec_jax.train import carry, loop, objectives
 from rec_jax.train.forwards import Constants, StepSpec
@@ -73,6 +75,11 @@ def make_step(
       RecJaxError: an objective that towers, teacher or batches do not fit.
     """
     made = objectives.make_objectives(config.objectives.to_dict(), labels=labels)
+    if config.batch.kind == "pairs" and config.batch.row_tokens > towers.text.max_positions:
+        raise RecJaxError(
+            f"pairs of config.batch.row_tokens={config.batch.row_tokens} tokens need an encoder of as many positions; it has "
+            f"{towers.text.max_positions}"
+        )
     chunk, kind = config.batch.chunk_rows, config.batch.kind
     return make_spec(towers, made, shards=batch.shards, queries=batch.queries, chunk_rows=chunk, kind=kind, teacher=teacher)
 
@@ -111,6 +118,8 @@ def batch_spec(config: Any) -> Any:
     """The budgets of a stage's batches."""
     if config.batch.kind == "texts":
         return text_spec(config)
+    if config.batch.kind == "pairs":
+        return PairSpec.from_config(config)
     if config.batch.kind == "impressions":
         b = config.batch
         return ImpressionSpec(b.shards, b.impressions, config.towers.text.source == "tokens", b.text_rows, b.row_tokens)
@@ -127,6 +136,8 @@ def make_batches(config: Any, inputs: Inputs, mesh: jax.sharding.Mesh) -> Any:
         return TextBatches(tokens, rows, spec, seed=config.seed, corruption=inputs.corruption, shards=shards)
     if config.batch.kind == "impressions":
         return ImpressionBatches(prepared.impressions("train"), spec, seed=config.seed, texts=inputs.tokens, shards=shards)
+    if config.batch.kind == "pairs":
+        return PairBatches(prepared.source(), prepared.train_lengths(), spec, seed=config.seed, texts=inputs.tokens, shards=shards)
     mined, file = None, config.data.negatives
     if file:
         mined = negatives.read(file, fingerprint=prepared.meta["fingerprint"], users=prepared.n_users, items=prepared.n_items)
@@ -145,6 +156,8 @@ def fresh(config: Any, spec: StepSpec, text_params: Params, table: np.ndarray | 
                 params["mlm"] = pretraining.init_mlm(fold(key, "mlm"), text)
             if o.denoised:
                 params["denoise"] = pretraining.init_decoder(fold(key, "denoise"), text, layers=o.spec.layers)
+    elif spec.kind == "pairs":
+        params = {"text": text_params, "cross": interactions.init_cross(fold(key, "cross"), text)}
     else:
         params = two_tower.init(key, spec.towers, text_params=text_params, table=table)
     return {**params, "scalars": init_scalars(spec.objectives)}

@@ -42,7 +42,7 @@ def make_spec(
     longest = max(o.queue for o in objectives)
     queue = QueueSpec(shards, longest // (shards * queries), queries, towers.dim) if longest else None
     taught = teacher if any(o.teacher for o in objectives) else None
-    return StepSpec(towers, objectives, queue, chunk_rows, "texts" if kind == "texts" else "users", taught)
+    return StepSpec(towers, objectives, queue, chunk_rows, kind if kind in ("texts", "pairs") else "users", taught)
 
 
 def init_scalars(objectives: tuple[Objective, ...]) -> dict[str, jax.Array]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rec_jax.towers.two_tower import TwoTowerSpec
-from rec_jax.train.objectives import base, distill, info_nce, pairs, pretrain, task, views
+from rec_jax.train.objectives import base, cross, distill, history_views, info_nce, pairs, pretrain, task, views
 from rec_jax.train.objectives.base import Objective, ramp_up, target_ids, targets
 from rec_jax.types import RecJaxError
 
@@ -19,8 +19,10 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "triplet": pairs.make_triplet,
     "simcse": views.make_simcse,
     "simclr": views.make_simclr,
+    "history_views": history_views.make,
     "mlm": pretrain.make_mlm,
     "denoise": pretrain.make_denoise,
+    "cross": cross.make,
     "task": task.make_task,
     "policy": task.make_policy,
     "preference": task.make_preference,
@@ -32,6 +34,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "distill_layers": distill.make_layers,
 }
 OF_TEXTS = ("mlm", "denoise", "simcse", "simclr")  # what batches of texts can teach
+OF_PAIRS = ("cross",)  # what batches of pairs can teach
 
 
 def make_objectives(objectives: Mapping[str, Mapping[str, Any]], *, labels: int = 0) -> tuple[Objective, ...]:
@@ -72,6 +75,10 @@ def check(
         place, batch = f"config.objectives.{o.name}", shards * queries
         if kind == "texts" and o.name not in OF_TEXTS:
             raise RecJaxError(f"{place} needs users: batches of texts (config.batch.kind) teach {', '.join(OF_TEXTS)}; set its weight to 0")
+        if kind == "pairs" and o.name not in OF_PAIRS:
+            raise RecJaxError(f"{place}: batches of pairs (config.batch.kind) teach {', '.join(OF_PAIRS)} alone; set its weight to 0")
+        if kind != "pairs" and o.name in OF_PAIRS:
+            raise RecJaxError(f"{place} needs config.batch.kind='pairs'; it is {kind!r}")
         if (o.masked or o.denoised) and kind != "texts":
             raise RecJaxError(f"{place} needs config.batch.kind='texts'; it is {kind!r}")
         if o.name == "policy" and kind != "impressions":
@@ -95,6 +102,8 @@ def check(
                 )
         if o.positives > 1 and towers.history is None:
             raise RecJaxError(f"{place}.positives={o.positives} are next items of a packed history: set config.towers.user.kind='history'")
+        if o.history_views:
+            history_views.check(place, o.spec, towers)
         if o.uniform % shards:
             raise RecJaxError(f"{place}.uniform={o.uniform} does not divide over config.batch.shards={shards}; make it a multiple")
         if o.views and not towers.encode:

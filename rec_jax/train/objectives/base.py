@@ -25,6 +25,7 @@ class Objective:
       catalogue: vectors of all items.
       uniform: U, how many items of the catalogue are drawn uniformly in each step.
       views: a second draw of dropout on the batch's item texts.
+      history_views: user vectors of two views of each history; the batches carry them.
       queue: item vectors kept of earlier batches.
       momentum: decay of the momentum encoder that makes its keys; 0 = none.
       ramp: steps over which its weight rises from 0; 0 = none.
@@ -44,6 +45,7 @@ class Objective:
     catalogue: bool = False
     uniform: int = 0
     views: bool = False
+    history_views: bool = False
     queue: int = 0
     momentum: float = 0.0
     ramp: int = 0

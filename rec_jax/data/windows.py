@@ -1,0 +1,117 @@
+"""Windows of users' train events: the examples of histories, which of them an epoch takes, and their endless order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from rec_jax.types import RecJaxError
+
+Turns = tuple[np.ndarray, np.ndarray, int]  # of `Replay.turns`
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Examples of an epoch: window i is the events [start, stop) of a user; a window of n events trains n - 1 predictions.
+
+    Windows of one user overlap by one event, so that every event but a user's first is a target exactly once an epoch.
+    """
+
+    user: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, size: int | None) -> Windows:
+        """Cuts each user's train events [U] into windows of at most size + 1 events, from the newest back; None = one window a user."""
+        pairs = np.maximum(lengths.astype(np.int64) - 1, 0)
+        count = np.minimum(pairs, 1) if size is None else -(-pairs // size)
+        user = np.repeat(np.arange(len(lengths)), count)
+        number = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+        stop = lengths[user].astype(np.int64) - number * (size or 0)
+        start = np.zeros_like(stop) if size is None else np.maximum(stop - size - 1, 0)
+        return cls(user.astype(np.int64), start, stop)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+class _Source:
+    """Random access to windows of records, for `grain.MapDataset.source`."""
+
+    def __init__(self, records: Any, windows: Windows):
+        self._records, self._windows = records, windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
+        w = self._windows
+        user = int(w.user[index])
+        record = self._records[user]
+        items = record["items"][record["splits"] == 0]
+        return user, items[w.start[index] : w.stop[index]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How much of the data that an earlier run was trained on comes again; a window is new if it predicts an event that is.
+
+    Attributes:
+      share: of the other windows, how many an epoch takes; the next epochs take others until all have had their turn.
+      new: [E] bool, which train events are new, user by user, oldest first.
+    """
+
+    share: float
+    new: np.ndarray
+
+    def turns(self, windows: Windows, train_lengths: np.ndarray) -> Turns:
+        """The new windows, the others, and how many of the others an epoch takes.
+
+        Raises:
+          RecJaxError: flags of other events, no new window.
+        """
+        first = np.concatenate([[0], np.cumsum(train_lengths, dtype=np.int64)])
+        before = np.concatenate([[0], np.cumsum(self.new, dtype=np.int64)])  # new events before each place
+        if len(self.new) != first[-1]:
+            raise RecJaxError(f"{len(self.new)} flags of new events for {first[-1]} train events")
+        start = first[windows.user]
+        new = before[start + windows.stop] > before[start + windows.start + 1]  # a window never predicts its first event
+        if not new.any() and self.share < 1:
+            raise RecJaxError(
+                f"config.start.replay={self.share}: no window predicts an event that the old workdir was not trained on; "
+                "set it to 1.0, or look at config.data.path"
+            )
+        others = np.flatnonzero(~new)
+        return np.flatnonzero(new), others, round(self.share * len(others))
+
+
+class Order:
+    """The endless order of windows by position, a new one each epoch; random access.
+
+    Args:
+      records, windows: what there is.
+      seed: of the order.
+      turns: of `Replay`; None = every window each epoch.
+    """
+
+    def __init__(self, records: Any, windows: Windows, seed: int, turns: Turns | None):
+        self._source, self._turns = _Source(records, windows), turns
+        self.per_epoch = len(windows) if turns is None else len(turns[0]) + turns[2]
+        shuffled = lambda size: grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+        self._places = shuffled(self.per_epoch)
+        self._others = shuffled(len(turns[1])) if turns is not None and turns[2] else None
+
+    def __getitem__(self, position: int) -> tuple[int, np.ndarray]:
+        place = int(self._places[position])
+        if self._turns is None:
+            return self._source[place]
+        always, others, count = self._turns
+        if place < len(always):
+            return self._source[int(always[place])]
+        assert self._others is not None
+        turn = position // self.per_epoch * count + place - len(always)
+        return self._source[int(others[int(self._others[turn])])]
