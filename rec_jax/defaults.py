@@ -93,6 +93,9 @@ def defaults() -> ConfigDict:
     c.towers.item.whiten = True  # the head starts as PCA whitening of the catalogue's text vectors
     c.towers.item.hidden = 256  # width of the mlp head
     c.towers.item.ids = False  # each catalogue item also has a trained vector of its own, zero at the start, added to its text's
+    # Length, at the start, of what a whitened head makes of texts; 0 = sqrt(dim). The longer, the later items' own vectors count beside it
+    c.towers.item.text_length = 0.0
+    c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
     c.towers.user = ConfigDict()
     # history: causal transformer over item vectors | text: the history written out as text | id: a trained vector of each user
     c.towers.user.kind = "history"

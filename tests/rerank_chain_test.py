@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+# One device, as a user has it, not the eight of the other tests.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 CONFIG = '''
 """python -m rec_jax.train --config=chain.py"""
 
@@ -56,7 +58,7 @@ def test_a_stage_of_pairs_ranks_the_best_of_the_stage_before_anew(tmp_path):
     (tmp_path / "chain.py").write_text(CONFIG)
     words = ["-m", "rec_jax.train", f"--config={tmp_path}/chain.py", f"--workdir={tmp_path}/run", f"--config.data.cache={tmp_path}/cache"]
     files = [f"--config.data.path={tmp_path}/events.txt", f"--config.data.items={tmp_path}/items.tsv"]
-    done = subprocess.run([sys.executable, *words, *files], capture_output=True, text=True, timeout=400, check=False, env={**os.environ})
+    done = subprocess.run([sys.executable, *words, *files], capture_output=True, text=True, timeout=400, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "test: the best 10 by contrastive are ranked anew" in done.stdout
     before, after, last = (

@@ -60,6 +60,9 @@ def test_whitened_head_is_pca():
     out = np.asarray(heads.apply(heads.whitened(head, table), table, dim=6, hidden=8, kind="mlp"))
     np.testing.assert_allclose(out.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(np.cov(out.T), np.eye(6), atol=1e-3)
+    short = np.asarray(heads.apply(heads.whitened(head, table, length=0.5), table, dim=6, hidden=8, kind="mlp"))
+    assert np.sqrt((short**2).sum(1).mean()) == pytest.approx(0.5, rel=0.01)
+    np.testing.assert_allclose(short * 6**0.5 / 0.5, out, atol=1e-4)
     with pytest.raises(RecJaxError, match=r"at most 4 dimensions, but towers.dim=6"):
         heads.whitened(heads.init(jax.random.key(0), text_width=4, dim=6, hidden=8, kind="linear"), table[:, :4])
 
@@ -101,6 +104,22 @@ def test_shapes_and_unit_length(kind, source):
     if table is not None:
         assert out.catalogue.shape == (tiny.N_ITEMS, 8)
         np.testing.assert_allclose(out.item[0, 0], out.catalogue[batch.item_ids[0, 0]], atol=1e-6)
+
+
+def test_items_without_their_own_vectors_are_the_same_on_both_sides_of_the_loss():
+    batch, spec, params = batch_and_spec("history", "frozen", **{"towers.item.ids": True, "towers.item.id_dropout": 0.5})
+    params["ids"] = {"embedding": jax.random.normal(jax.random.key(2), params["ids"]["embedding"].shape)}
+    row = jax.vmap(jax.vmap(jax.random.key))(np.zeros((8, 4), np.uint32))
+    run = lambda keys: encode_batch(params, spec, batch, table=tiny.table(), catalogue=True, keys=keys)
+    out = run({"text": row, "user": row[:, : batch.history.shape[1]], "head": row[:, :1], "ids": jax.random.key(5)})
+    whole, texts = run(None).catalogue, two_tower.text_item_vectors(params, spec, tiny.table())
+    alone = np.isclose(out.catalogue, texts, atol=1e-6).all(1)
+    assert 0.2 < alone.mean() < 0.8
+    np.testing.assert_allclose(out.catalogue, np.where(alone[:, None], texts, whole), atol=1e-6)
+    there = batch.item_ids >= 0
+    np.testing.assert_allclose(out.item[there], out.catalogue[batch.item_ids[there]], atol=1e-6)
+    with pytest.raises(RecJaxError, match=r"config.towers.item.id_dropout=1.0: must be at least 0 and below 1"):
+        batch_and_spec("history", "frozen", **{"towers.item.id_dropout": 1.0})
 
 
 def test_gradients_reach_every_weight_of_the_encoder():

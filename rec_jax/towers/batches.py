@@ -16,7 +16,15 @@ from rec_jax.mesh import BATCH_AXES, over_batch
 from rec_jax.towers import history, interactions, pretraining
 from rec_jax.towers.bert import encode, encode_layers, unit_length
 from rec_jax.towers.pool import pool_segments
-from rec_jax.towers.two_tower import TwoTowerSpec, item_vectors, merged, packed_text_vectors, some_items, text_item_vectors
+from rec_jax.towers.two_tower import (
+    TwoTowerSpec,
+    item_vectors,
+    merged,
+    packed_text_vectors,
+    some_items,
+    text_item_vectors,
+    without_some_ids,
+)
 from rec_jax.types import Array, Batch, Outputs, Params, RecJaxError
 
 
@@ -51,7 +59,8 @@ def encode_batch(
       table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`.
       catalogue: also the vectors of all items, by the table, or by `texts` where they are given.
       keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, "view" (item rows
-        again) with `views`, and "history_view" (twice the user rows) with `history_views`; None = no dropout.
+        again) with `views`, "history_view" (twice the user rows) with `history_views`; one key [] for all shards, "ids", where items' own
+        vectors are dropped; None = no dropout.
       views: also the batch's items by their texts alone, twice, each time with dropout of its own.
       history_views: also the user vectors of the batch's views of histories.
       drawn_ids: [U] int32, catalogue items whose vectors are also wanted, by the table.
@@ -74,6 +83,8 @@ def encode_batch(
     if scores and spec.task is None:
         raise RecJaxError("scores of pairs need a task head: TwoTowerSpec.task")
     params = merged(params, spec)
+    if keys is not None and spec.id_dropout:
+        params = without_some_ids(params, spec, keys["ids"])
 
     def text_of_items(stream: str) -> jax.Array:
         pooled = _packed(params, spec, batch.item_tokens, batch.item_segments, _key(keys, stream), chunk_rows, mesh)

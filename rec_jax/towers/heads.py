@@ -45,13 +45,17 @@ def apply(params: Params, text: Array, *, dim: int, hidden: int, kind: str) -> j
     return jnp.asarray(_Head(dim, hidden, kind).apply({"params": params}, text))
 
 
-def whitened(params: dict[str, Any], table: np.ndarray, *, power: float = 0.5) -> dict[str, Any]:
+def whitened(params: dict[str, Any], table: np.ndarray, *, power: float = 0.5, length: float = 0.0) -> dict[str, Any]:
     """Head parameters whose linear map is PCA of table [N, D_text] to D components, each divided by its variance ** power.
+
+    An item's own vector, which starts at zero, is added to what the head makes of its text, and Adam moves each number by about the
+    learning rate a step: the longer the text's vectors, the later own ones count.
 
     Args:
       params: of `init`; not changed.
       table: text vectors of the catalogue.
-      power: 0 keeps the scale of the components (PCA), 0.5 makes them all equal (whitening).
+      power: 0 keeps the proportions of the components (PCA), 0.5 makes them all equal (whitening).
+      length: root mean square length of the vectors that come out; 0 = that of components of variance 1, sqrt(D).
 
     Raises:
       RecJaxError: fewer text dimensions than D.
@@ -67,6 +71,7 @@ def whitened(params: dict[str, Any], table: np.ndarray, *, power: float = 0.5) -
     # eigh leaves the sign of a vector open; the largest entry is made positive, so that every machine starts alike.
     vectors = vectors[:, top] * np.sign(vectors[np.abs(vectors[:, top]).argmax(0), top])
     scale = np.maximum(values[top], 1e-12) ** -power
+    scale *= (length or kernel.shape[1] ** 0.5) / np.sqrt((np.maximum(values[top], 1e-12) * scale**2).sum())
     project = {"kernel": jnp.asarray(vectors * scale, jnp.float32), "bias": jnp.asarray(-(mean @ vectors) * scale, jnp.float32)}
     return {**params, "project": project}
 

@@ -37,6 +37,8 @@ class TwoTowerSpec:
       texts_per_row: K of packed rows.
       head, hidden: kind and inner width of the item head.
       n_ids: N where each catalogue item also has a vector of its own, added to the head's; 0 = text only.
+      id_dropout: probability that a training step knows an item by its text alone.
+      text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
       user: "history", "text", "id", or "none": an encoder alone.
       history: the history tower, None for "text" and "id".
       n_users: U, with user "id".
@@ -55,6 +57,8 @@ class TwoTowerSpec:
     user: str
     history: history.HistorySpec | None
     n_users: int = 0
+    id_dropout: float = 0.0
+    text_length: float = 0.0
     task: interactions.InteractionSpec | None = None
     lora_rank: int = 0
     lora_alpha: float = 1.0
@@ -82,8 +86,15 @@ def make_spec(
       tasks: L of the task head; 0 = none.
       context: categories of each context field that the head reads.
       mask: the history tower has a learned vector for hidden items.
+
+    Raises:
+      RecJaxError: towers.item.id_dropout outside [0, 1), a negative towers.item.text_length.
     """
     t, u, h = towers.text, towers.user, towers.task
+    if not 0 <= towers.item.id_dropout < 1:
+        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r}: must be at least 0 and below 1")
+    if towers.item.text_length < 0:
+        raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
     tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask) if u.kind == "history" else None
@@ -99,6 +110,8 @@ def make_spec(
         user=u.kind,
         history=tower,
         n_users=n_users if u.kind == "id" else 0,
+        text_length=towers.item.text_length,
+        id_dropout=towers.item.id_dropout if towers.item.ids else 0.0,
         task=interactions.InteractionSpec(
             kind=h.kind,
             tasks=tasks,
@@ -136,7 +149,7 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
     item_key, user_key, text_key = jax.random.split(key, 3)
     # Under jit: op by op, the initialisers would compile one by one.
     item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
-    params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table))}
+    params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)}
     if spec.n_ids:
         params["ids"] = {"embedding": jnp.zeros((_id_rows(spec.n_ids), spec.dim))}
     if spec.user == "id":
@@ -187,6 +200,16 @@ def some_items(params: Params, spec: TwoTowerSpec, text: Array, ids: Array) -> j
     """Text vectors [..., D_text] of the catalogue items `ids` [...] -> item vectors [..., D]."""
     own = jnp.take(params["ids"]["embedding"], jnp.maximum(ids, 0), axis=0) if spec.n_ids else None
     return text_item_vectors(params, spec, text, own)
+
+
+def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:
+    """Parameters in which each item's own vector is zero with probability `spec.id_dropout`: the same items on both sides of the loss.
+
+    Reference: Volkovs et al., "DropoutNet: Addressing Cold Start in Recommender Systems" (2017), section 4.2.
+    """
+    table = params["ids"]["embedding"]
+    keep = jax.random.bernoulli(key, 1.0 - spec.id_dropout, (table.shape[0], 1))
+    return {**params, "ids": {"embedding": jnp.where(keep, table, 0.0)}}
 
 
 def packed_text_vectors(

@@ -88,13 +88,16 @@ def outputs(
     if wants("history_views"):
         rows["history_view"] = 2 * rows["user"]
     uniform = max(o.uniform for o in spec.objectives)
+    keys = _keys(key, shards, rows)
+    if keys is not None and key is not None:
+        keys["ids"] = fold(key, "ids")
     return batches.encode_batch(
         params,
         spec.towers,
         batch,
         table=constants.table,
         catalogue=wants("catalogue"),
-        keys=_keys(key, shards, rows),
+        keys=keys,
         views=wants("views"),
         history_views=wants("history_views"),
         drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, len(constants.log_q)) if uniform else None,
