@@ -102,6 +102,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
     return value
 
 
+BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "ease", "ials", "bpr")  # what rec_jax.eval.baselines can fit
 CHOICES = {
     "batch.kind": ("histories", "impressions", "texts"),
     "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item", "impressions"),
@@ -117,6 +118,7 @@ CHOICES = {
     "towers.task.sharing": ("bottom", "mmoe", "ple"),
     "teacher.source": ("stored", "online"),
     "train.monitor_goal": ("max", "min"),
+    "eval.fuse": ("", *BASELINES),
     "eval.rank_by": ("vectors", "task"),
     "objectives.info_nce.candidates": ("batch", "catalogue"),
     "optimizer.schedule": ("cosine", "constant"),
@@ -144,6 +146,9 @@ def check(config: ConfigDict) -> None:
     for key in POSITIVE:
         if not get(config, key) > 0:
             raise RecJaxError(f"config.{key}={get(config, key)!r}: must be above 0")
+    for name in config.eval.baselines:
+        if name not in BASELINES:
+            raise RecJaxError(f"config.eval.baselines names {name!r}: expected some of {', '.join(BASELINES)}")
     for key, value in config.data.on_bad.items():
         allowed = ("error", "skip", "keep") if key in ("empty_text", "duplicate_event") else ("error", "skip")
         if value not in allowed:

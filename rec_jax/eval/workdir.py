@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,18 +13,23 @@ from rec_jax.checkpoint import Checkpoints
 from rec_jax.types import Params, RecJaxError
 
 
-def read_config(workdir: epath.PathLike) -> Any:
-    """The config that a workdir keeps.
+def read_config(workdir: epath.PathLike, overrides: Sequence[tuple[str, str]] = ()) -> Any:
+    """The config that a workdir keeps, with (dotted key, text) overrides laid over it.
 
     Raises:
-      RecJaxError: no such workdir.
+      RecJaxError: no such workdir, an unknown key, a bad value.
     """
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
         raise RecJaxError(
             f"{workdir} is no workdir: it has no config.json; train first: python -m rec_jax.train --config=... --workdir={workdir}"
         )
-    return config_lib.from_json(file.read_text())
+    config = config_lib.from_json(file.read_text())
+    with config.unlocked():
+        for key, text in overrides:
+            config_lib.override(config, key, text)
+    config_lib.check(config)
+    return config
 
 
 def best_params(folder: epath.PathLike) -> tuple[Params, int]:

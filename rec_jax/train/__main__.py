@@ -25,7 +25,7 @@ from rec_jax.data import corpus, text, text_batches, vocabulary
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import encoder as encoder_lib
-from rec_jax.eval import final, labelled, teacher
+from rec_jax.eval import final, fusion, labelled, teacher
 from rec_jax.eval import model as model_lib
 from rec_jax.eval.workdir import best_params
 from rec_jax.serve.recommend import Recommender, as_text
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = config_lib.parse_args(parser, argv)
     config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
     mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)  # bad ones are said before anything else is done
+    fusion.check(config)
     chosen = None if args.stages is None else [name.strip() for name in args.stages.split(",") if name.strip()]
     on_disk = chain.Stages(workdir, config.stages, chosen)
     processes.start()
