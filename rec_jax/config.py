@@ -102,6 +102,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
     return value
 
 
+BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "ease", "ials", "bpr")  # what rec_jax.eval.baselines can fit
 CHOICES = {
     "batch.kind": ("histories", "impressions", "texts", "pairs"),
     "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item", "impressions"),
@@ -117,6 +118,7 @@ CHOICES = {
     "towers.task.sharing": ("bottom", "mmoe", "ple"),
     "teacher.source": ("stored", "online"),
     "train.monitor_goal": ("max", "min"),
+    "eval.fuse": ("", *BASELINES),
     "eval.rank_by": ("vectors", "task"),
     "objectives.info_nce.candidates": ("batch", "catalogue"),
     "optimizer.schedule": ("cosine", "constant"),
@@ -144,6 +146,9 @@ def check(config: ConfigDict) -> None:
     for key in POSITIVE:
         if not get(config, key) > 0:
             raise RecJaxError(f"config.{key}={get(config, key)!r}: must be above 0")
+    for name in config.eval.baselines:
+        if name not in BASELINES:
+            raise RecJaxError(f"config.eval.baselines names {name!r}: expected some of {', '.join(BASELINES)}")
     for key, value in config.data.on_bad.items():
         allowed = ("error", "skip", "keep") if key in ("empty_text", "duplicate_event") else ("error", "skip")
         if value not in allowed:
@@ -275,18 +280,24 @@ def from_json(text: str) -> ConfigDict:
     return config.lock()
 
 
-def read_config(workdir: epath.PathLike) -> ConfigDict:
-    """The config that a workdir keeps.
+def read_config(workdir: epath.PathLike, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """The config that a workdir keeps, with (dotted key, text) overrides laid over it.
 
     Raises:
-      RecJaxError: no such workdir.
+      RecJaxError: no such workdir, an unknown key, a bad value.
     """
     file = epath.Path(workdir) / "config.json"
     if not file.exists():
         raise RecJaxError(
             f"{workdir} is no workdir: it has no config.json; train first: python -m rec_jax.train --config=... --workdir={workdir}"
         )
-    return from_json(file.read_text())
+    config = from_json(file.read_text())
+    if overrides:
+        with config.unlocked():
+            for key, text in overrides:
+                override(config, key, text)
+        check(config)
+    return config
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

@@ -284,6 +284,8 @@ def defaults() -> ConfigDict:
     c.eval.max_users = 0  # validation during training ranks at most that many users, drawn by seed; 0 = all
     c.eval.baselines = ("popularity", "item_knn", "sequence_knn", "ease")
     c.eval.ease_max_items = 20000  # EASE inverts an items x items matrix: above this it is left out, and said so
+    # "" = none | name of a baseline whose scores are added to those of the last stage, as a row of its own; weight chosen on validation
+    c.eval.fuse = ""
     c.eval.examples = ()  # histories (tuples of titles) whose top ten is printed at the end
 
     c.stages = ()  # names of stages run in order, each from the last one's weights; () = one unnamed stage

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from rec_jax.eval import baselines, rankings
+from rec_jax.eval.baselines import implicit_als, linear, pairwise
+from rec_jax.eval.baselines.histories import matrix
 from rec_jax.types import EvalSet, Ragged, RecJaxError
 
 N = 12
@@ -68,7 +72,7 @@ def test_sequence_knn_is_its_formula(histories):
 
 
 def test_ease_is_the_constrained_least_squares_solution(histories, monkeypatch):
-    monkeypatch.setattr(baselines, "CHUNK", 5)  # several chunks, the last one short
+    monkeypatch.setattr(linear, "CHUNK", 5)  # several chunks, the last one short
     x = binary(histories)
     expected = np.zeros((N, N))
     for j in range(N):  # column j: ridge regression of item j on all others
@@ -88,13 +92,132 @@ def test_every_baseline_gives_float32_and_the_same_bits_twice(histories, name):
 
 
 def test_bad_input_is_refused(histories):
-    with pytest.raises(RecJaxError, match="takes popularity, item_knn, sequence_knn, ease"):
-        baselines.fit("bpr", histories, N)
+    with pytest.raises(RecJaxError, match="takes popularity, recent_popularity, item_knn, sequence_knn, ease, ials, bpr"):
+        baselines.fit("knn", histories, N)
     with pytest.raises(RecJaxError, match="ease_max_items"):
         baselines.fit("ease", histories, N, max_items=5)
     for name in baselines.BASELINES:
         with pytest.raises(RecJaxError, match="the catalogue has 0 to 4"):
             baselines.fit(name, histories, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("recent_popularity", {"share": 0}, r"share=0, places=5"),
+        ("recent_popularity", {"places": 0}, r"share=0\.1, places=0"),
+        ("recent_popularity", {"times": np.arange(3)}, "3 times for"),
+        ("ials", {"dim": 0}, "dim=0"),
+        ("ials", {"regularisation": 0.0}, r"regularisation=0\.0"),
+        ("bpr", {"epochs": 0}, "epochs=0"),
+        ("bpr", {"learning_rate": 0.0}, r"learning_rate=0\.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(histories, name, options, message):
+    with pytest.raises(RecJaxError, match=message):
+        baselines.fit(name, histories, N, **options)
+
+
+def test_bpr_refuses_what_has_no_pairs():
+    with pytest.raises(RecJaxError, match="0 events of 12 items"):
+        baselines.fit("bpr", Ragged.from_rows([[], []]), N)
+    with pytest.raises(RecJaxError, match="for each user an item that is not the user's"):
+        baselines.fit("bpr", Ragged.from_rows([list(range(N)), [1]]), N)
+
+
+def test_recent_popularity_counts_the_newest_events():
+    train = Ragged.from_rows([[0, 1, 2, 3], [4], [], [5, 1, 1]])
+    by_place = baselines.fit("recent_popularity", train, 6, places=2)(QUERIES)
+    np.testing.assert_array_equal(by_place, np.tile([0, 2, 1, 1, 1, 0], (4, 1)))
+    times = np.array([1, 2, 3, 9, 8, 1, 8, 4])
+    by_time = lambda share: baselines.fit("recent_popularity", train, 6, times=times, share=share)(QUERIES)[0].tolist()
+    assert by_time(0.125) == [0, 0, 0, 1, 0, 0]
+    assert by_time(0.25) == [0, 1, 0, 1, 1, 0], "all events of the time at which the share begins"
+    assert by_time(1) == np.bincount(train.flat).tolist()
+
+
+def als_loss(x, users, items, unobserved, regularisation, frequency):
+    """The loss of iALS, term by term, in float64."""
+    u, h = users.astype(np.float64), items.astype(np.float64)
+    fit = sum((1 - u[a] @ h[b]) ** 2 for a, b in zip(*np.nonzero(x), strict=True)) + unobserved * ((u @ h.T) ** 2).sum()
+    of_users = ((x.sum(1) + unobserved * len(h)) ** frequency * (u**2).sum(1)).sum()
+    return fit + regularisation * (of_users + ((x.sum(0) + unobserved * len(u)) ** frequency * (h**2).sum(1)).sum())
+
+
+def test_a_half_step_of_ials_solves_its_least_squares_and_the_loss_never_rises(histories, monkeypatch):
+    monkeypatch.setattr(implicit_als, "PLACES", 20)  # several blocks of rows
+    x, weights = binary(histories), {"unobserved": 0.3, "regularisation": 0.05, "frequency": 0.7}
+    seen, items = matrix(histories, N), np.random.default_rng(1).normal(size=(N, 4)).astype(np.float32)
+    users = implicit_als.solve(seen, items, **weights)
+    for n in range(len(histories)):  # the row's loss as one least-squares problem: stacked rows sqrt(weight) x features
+        h = items.astype(np.float64)
+        penalty = np.sqrt(0.05 * (x[n].sum() + 0.3 * N) ** 0.7) * np.eye(4)
+        features = np.concatenate([h[x[n] > 0], np.sqrt(0.3) * h, penalty])
+        wanted = np.concatenate([np.ones(int(x[n].sum())), np.zeros(N + 4)])
+        np.testing.assert_allclose(users[n], np.linalg.lstsq(features, wanted, rcond=None)[0], rtol=1e-4, atol=1e-5)
+    losses = [als_loss(x, users, items, **weights)]
+    for _ in range(5):
+        items = implicit_als.solve(seen.T.tocsr(), users, **weights)
+        losses.append(als_loss(x, users, items, **weights))
+        users = implicit_als.solve(seen, items, **weights)
+        losses.append(als_loss(x, users, items, **weights))
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(losses))
+    assert losses[-1] < 0.9 * losses[0]
+    assert not implicit_als.solve(matrix(Ragged.from_rows([[], [1]]), N), items, **weights)[0].any()
+
+
+def blocks(n_groups=4, size=15, seed=0):
+    """Users who have a third of their group's items: (train, group of each user, group of each item)."""
+    random, rows = np.random.default_rng(seed), []
+    for user in range(n_groups * 20):
+        rows.append(user % n_groups * size + random.permutation(size)[:5])
+    return Ragged.from_rows(rows), np.arange(n_groups * 20) % n_groups, np.arange(n_groups * size) // size
+
+
+@pytest.mark.parametrize(("name", "options"), [("bpr", {"dim": 8}), ("ials", {"dim": 8})])
+def test_factors_find_planted_groups(name, options):
+    train, group_of_user, group_of_item = blocks()
+    n_items = len(group_of_item)
+
+    def auc(scores):
+        """Share of (unseen item of the group, item of another group) in the right order, ties half."""
+        values = []
+        for u in range(len(train)):
+            inside = np.setdiff1d(np.flatnonzero(group_of_item == group_of_user[u]), train[u])
+            a, b = scores[u, inside][:, None], scores[u, group_of_item != group_of_user[u]][None]
+            values.append(((a > b) + 0.5 * (a == b)).mean())
+        return np.mean(values)
+
+    popular = auc(baselines.fit("popularity", train, n_items)(train))
+    found = {seed: baselines.fit(name, train, n_items, seed=seed, **options)(train) for seed in (0, 1)}
+    assert 0.4 < popular < 0.6
+    assert min(auc(scores) for scores in found.values()) > 0.95
+    assert np.abs(found[0] - found[1]).max() > 1e-4, "the seed has no part"
+
+
+def test_a_step_of_bpr_goes_up_the_objective_of_its_triples():
+    """AdaGrad's first step goes learning_rate along the gradient's sign; the gradient is that of finite differences."""
+    random = np.random.default_rng(0)
+    factors = {"users": random.normal(size=(3, 2)), "items": random.normal(size=(5, 2)), "bias": random.normal(size=(5, 1))}
+    users, items, others = np.array([0, 0, 2]), np.array([1, 1, 4]), np.array([2, 3, 1])
+
+    def objective(f):
+        total = 0.0
+        for u, i, j in zip(users, items, others, strict=True):
+            x = f["users"][u] @ (f["items"][i] - f["items"][j]) + f["bias"][i, 0] - f["bias"][j, 0]
+            touched = (f["users"][u], f["items"][i], f["items"][j], f["bias"][i], f["bias"][j])
+            total += -np.logaddexp(0, -x) - 0.1 / 2 * sum((v**2).sum() for v in touched)
+        return total
+
+    after = {name: x.astype(np.float32) for name, x in factors.items()}
+    pairwise._step(after, {name: np.full_like(x, 1e-12) for name, x in after.items()}, users, items, others, 0.1, 1e-3)
+    for name, x in factors.items():
+        for place in np.ndindex(x.shape):
+            up, down = ({k: v.copy() for k, v in factors.items()} for _ in range(2))
+            up[name][place] += 1e-5
+            down[name][place] -= 1e-5
+            slope = (objective(up) - objective(down)) / 2e-5
+            assert after[name][place] - x[place] == pytest.approx(1e-3 * np.sign(round(slope, 7)), abs=2e-6), (name, place, slope)
 
 
 def test_known_figures_on_movielens_latest_small(data_dir):

@@ -22,6 +22,7 @@ FLAGS = [
     "--config.train.log_every=1 steps",
     "--config.eval.k=(5,10)",
     "--config.eval.baselines=('popularity','sequence_knn')",
+    "--config.eval.fuse=sequence_knn",
 ]
 
 
@@ -58,6 +59,7 @@ def workdir(data, tmp_path_factory):
     out = run(*train(data, folder)).stdout
     assert "sequence_knn" in out
     assert "test: items of the history removed" in out
+    assert "\nmodel + sequence_knn " in out
     return folder
 
 
@@ -88,6 +90,30 @@ def test_evaluating_again_gives_the_same_file(workdir):
     before = (workdir / "eval" / "test.json").read_bytes()
     out = run("rec_jax.eval", f"--workdir={workdir}").stdout
     assert "popularity" in out
+    assert (workdir / "eval" / "test.json").read_bytes() == before
+
+
+def test_neighbours_beside_the_model_have_figures_of_their_own(workdir):
+    figures = json.loads((workdir / "eval" / "test.json").read_text())
+    alone = json.loads((workdir / "fused" / "eval" / "test.json").read_text())
+    assert figures["fused/ndcg@10"] == alone["test/ndcg@10"]
+    assert figures["fused/test_all/hr@10"] == alone["test_all/hr@10"]
+    assert figures["fused/weight"] == alone["weight"]
+    out = run("rec_jax.eval.compare", f"--a={workdir}", f"--b=both={workdir}/fused").stdout
+    assert "test ndcg@10: 60 users" in out
+    refused = run("rec_jax.eval", f"--workdir={workdir}", "--config.towers.dim=8", code=2).stderr
+    assert "--config.towers.dim=8: an evaluation takes eval.baselines, eval.fuse, eval.ease_max_items" in refused
+
+
+def test_another_evaluation_of_the_same_workdir(workdir):
+    before = (workdir / "eval" / "test.json").read_bytes()
+    more = ["--config.eval.baselines=('recent_popularity','ials','bpr')", "--config.eval.fuse=ials"]
+    out = run("rec_jax.eval", f"--workdir={workdir}", *more).stdout
+    assert "\nmodel + ials " in out
+    figures = json.loads((workdir / "eval" / "test.json").read_text())
+    assert {"recent_popularity/ndcg@10", "ials/hr@10", "bpr/ndcg@10"} <= set(figures)
+    assert "popularity/ndcg@10" not in figures
+    run("rec_jax.eval", f"--workdir={workdir}")
     assert (workdir / "eval" / "test.json").read_bytes() == before
 
 

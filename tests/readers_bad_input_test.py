@@ -113,6 +113,37 @@ def test_bad_encoding(tmp_path):
     check_bad(lambda **p: readers.read(data("amazon", broken, **p)), "bad_encoding", "r.json:2", r"\xff")
 
 
+@pytest.mark.parametrize(
+    ("user", "kind", "detail"),
+    [
+        ('"bob": 5', "bad_row", "user 'bob': expected a list of items, found 5"),
+        ('"bob": {"a": [1]}', "bad_row", "user 'bob': expected a list of items, found"),
+        ('"bob": [1, 2.5]', "bad_row", "user 'bob': item 2.5 is neither a text nor a whole number"),
+        ('"bob": [1, true]', "bad_row", "user 'bob': item true is neither"),
+        ('"bob": [1, null]', "bad_row", "user 'bob': item null is neither"),
+        ('"bob": [1, ""]', "bad_row", "user 'bob': item \"\" is neither"),
+        ('"": [1]', "bad_row", "user '': the name is empty"),
+        ('"bob": ["x\\ud800"]', "bad_encoding", "user 'bob': 'x\\ud800' has half a character"),
+    ],
+)
+def test_bad_users_of_json(tmp_path, user, kind, detail):
+    path = write(tmp_path / "s.json", '{"ann": [1, 2], ' + user + ', "eve": [2]}')
+    out = check_bad(lambda **p: readers.read(data("sequences", path, **p)), kind, "s.json", detail)
+    assert rows(out.events, "user", "item", "time") == [("ann", "1", 0), ("ann", "2", 1), ("eve", "2", 0)]
+    assert out.event_place(2).endswith("user 'eve'")
+
+
+def test_what_is_no_json_of_users(tmp_path):
+    for raw, message in (
+        (b'{"a": [1, 2}', r"s\.json: this is no JSON \(.*line 1 column 12"),
+        (b"[[1, 2]]", r's\.json: expected an object \{"user": .* found list'),
+        (b'{"a": ["\xff"]}', r"s\.json: byte 8 is not UTF-8"),
+        (b"", r"s\.json: this is no JSON"),
+    ):
+        with pytest.raises(RecJaxError, match=message):
+            readers.read(data("sequences", write(tmp_path / "s.json", raw)))
+
+
 def test_duplicate_item(tmp_path):
     items = write(tmp_path / "i.tsv", "item_id\ttitle\na\tA\nb\tB\na\tAgain\nc\tC\n")
     path = write(tmp_path / "s.txt", "u a b c\n")

@@ -90,6 +90,22 @@ def test_sequences(tmp_path, ending):
     assert rows(alone.items, "item", "title", "name") == [(c, c, c) for c in "abcd"]
 
 
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_sequences_as_json(tmp_path, ending):
+    path = write(tmp_path / f"s.json{ending}", '{"7": [3, 1, 3], "café": ["b c", 1], "none": [], "7": [2]}')
+    items = write(tmp_path / "i.tsv", "item_id\ttitle\n1\tOne\n2\tTwo\n3\tThree\nb c\tB\n")
+    out = readers.read(data("sequences", path, items))
+    expected = [("7", "3", 0), ("7", "1", 1), ("7", "3", 2), ("café", "b c", 0), ("café", "1", 1), ("7", "2", 3)]
+    assert rows(out.events, "user", "item", "time") == expected
+    assert out.users["user"].to_list() == ["7", "café", "none"]
+    assert not out.clock
+    assert rows(out.items, "item", "title") == [("1", "One"), ("2", "Two"), ("3", "Three"), ("b c", "B")]
+    assert [out.event_place(n).rpartition(": ")[2] for n in (0, 4, 5)] == ["user '7'", "user 'café'", "user '7'"]
+    text = write(tmp_path / "same.txt", "7 3 1 3\ncafé bc 1\nnone\n7 2\n")
+    as_text = readers.read(data("sequences", text)).events
+    assert rows(as_text, "user", "time") == rows(out.events, "user", "time")
+
+
 @pytest.mark.parametrize("where", ["folder", "file", "prefix"])
 def test_recbole(tmp_path, where):
     inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\ti1\t4.0\t10.0\nu2\ti2\t2.5\t20\n"
@@ -244,6 +260,8 @@ def test_real_sequences_and_mind(data_dir):
     tables.code(out, c)
     assert out.items.height == 16859
     assert out.report.counts["empty_text"] == 14
+    as_json = data("sequences", games.parent / "Games.inter.json", games, empty_text="keep")
+    assert coded_counts(as_json) == (50546, 16859, 452989)
     mind = data("mind", data_dir / "mind-sample")
     out = readers.read(mind)
     assert (out.users.height, out.items.height) == (4637, 2000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,27 +14,28 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax.data import vocabulary
 from rec_jax.data.prepare import Prepared, prepare
-from rec_jax.eval import baselines, bootstrap, cross, labelled, logged, rankings, report
+from rec_jax.eval import baselines, bootstrap, cross, fusion, labelled, logged, rankings, report
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, load_encoder, text_table, text_vectors, trained_text
 from rec_jax.eval.model import load, towers_of
 from rec_jax.eval.workdir import best_params, read_config
-from rec_jax.types import EvalSet, Ragged
+from rec_jax.types import EvalSet, Ragged, RecJaxError
 
 COLUMNS = ("ndcg@10", "hr@10", "ndcg@20", "hr@20", "mrr@10", "coverage@10")
 CLICK_COLUMNS = ("auc", "gauc", "log_loss", "normalized_entropy", "calibration_error")
+OVERRIDES = ("eval.baselines", "eval.fuse", "eval.ease_max_items")  # keys that an evaluation may set otherwise: they change no model
 TEXTS_TIMED = 512  # texts by which an encoder's speed is measured
 Metrics = dict[str, float]
 
 
 def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split: str, say: Say) -> dict[str, Metrics]:
     """Each baseline of `config.eval.baselines` fitted on the train events and ranked like the model -> name -> metrics."""
-    train, e, out = prepared.train_histories(), config.eval, {}
+    e, out = config.eval, {}
     for name in e.baselines:
         if name == "ease" and eval_set.n_items > e.ease_max_items:
             say(f"ease is left out: {eval_set.n_items:,} items, above eval.ease_max_items={e.ease_max_items:,}")
             continue
         began = time.perf_counter()
-        scorer = baselines.fit(name, train, eval_set.n_items)
+        scorer = baselines.of_config(name, config, prepared)
         out[name] = rankings.evaluate_scores(scorer, eval_set, ks=tuple(e.k), name=split, users_per_block=e.users_per_block).metrics
         say(f"  {name}: {time.perf_counter() - began:.0f} s")
     return out
@@ -123,15 +125,23 @@ def _table(config: Any, encoder: Encoder, prepared: Prepared, say: Say) -> np.nd
     return text_table(config, vocabulary.catalogue_tokens(config, prepared), *encoder, say)
 
 
-def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> dict[str, Metrics]:
+def run(workdir: epath.PathLike, split: str = "test", *, overrides: Sequence[tuple[str, str]] = (), say: Say = print) -> dict[str, Metrics]:
     """Evaluates the stages of a workdir and the baselines, writes `eval/<split>.json` and says the tables -> row name -> metrics.
 
-    Each stage's figures are also in its own folder; those at the top are the last stage's, with the baselines' beside them.
+    Each stage's figures are also in its own folder; those at the top are the last stage's, with the baselines' beside them, and those of
+    the last stage and `config.eval.fuse` together, which have a folder too.
+
+    Args:
+      overrides: keys among `OVERRIDES` that differ from the workdir's config for this evaluation, as (key, text).
 
     Raises:
-      RecJaxError: nothing trained there.
+      RecJaxError: nothing trained there, an override of another key.
     """
-    whole, workdir = read_config(workdir), epath.Path(workdir)
+    for key, text in overrides:
+        if key not in OVERRIDES:
+            raise RecJaxError(f"--config.{key}={text}: an evaluation takes {', '.join(OVERRIDES)}; the rest is the workdir's")
+    whole, workdir = read_config(workdir, overrides), epath.Path(workdir)
+    fusion.check(whole)
     rows: dict[str, Metrics] = {}
     clicks: dict[str, Metrics] = {}
     pairs: dict[str, Metrics] = {}
@@ -153,6 +163,10 @@ def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> di
             others["texts alone"] = text_alone(config, _table(config, encoder, prepared, say), prepared.eval_set(split), split).metrics
         flat |= _named(others, split)
         table = {**others, **rows}
+        if config.eval.fuse:
+            row, both = _fuse(workdir, config, whole.stages[-1] if whole.stages else None, prepared, split, say)
+            table[row] = rows[row] = both
+            flat |= _named({fusion.FOLDER: both}, split) | {f"{fusion.FOLDER}/weight": both["weight"]}
         for title, prefix in ((f"{split}: items of the history removed", split), (f"{split}: nothing removed", f"{split}_all")):
             shown = {name: {c: m[f"{prefix}/{c}"] for c in COLUMNS if f"{prefix}/{c}" in m} for name, m in table.items()}
             say(f"\n{title}\n{report.table(shown)}")
@@ -168,6 +182,20 @@ def run(workdir: epath.PathLike, split: str = "test", *, say: Say = print) -> di
         say(f"\n{split}: the target beside batch.pair_negatives drawn items\n{report.table(pairs)}")
     report.write_json(workdir / "eval" / f"{split}.json", flat)
     return {**rows, **clicks, **pairs}
+
+
+def _fuse(workdir: epath.Path, config: Any, stage: str | None, prepared: Prepared, split: str, say: Say) -> tuple[str, Metrics]:
+    """Ranks the last stage and the baseline of config.eval.fuse together, writes its figures into `fusion.FOLDER` -> (row, metrics)."""
+    began, name = time.perf_counter(), stage or "model"
+    trained = load(workdir, stage, say=say)
+    model = trained.model.scorer(trained.params, trained.items)
+    ranked, weight = fusion.fused(config, prepared, model, name, split, say)
+    found, folder = {**ranked.metrics, "weight": weight}, workdir / fusion.FOLDER
+    report.write_json(folder / "eval" / f"{split}.json", found)
+    users, fingerprint = prepared.eval_set(split).users, prepared.meta["fingerprint"]
+    bootstrap.write_users(folder, split, users, ranked.per_user, fingerprint=fingerprint)
+    say(f"  {name} + {config.eval.fuse}: {time.perf_counter() - began:.0f} s")
+    return f"{name} + {config.eval.fuse}", found
 
 
 def _named(others: dict[str, Metrics], split: str) -> Metrics:

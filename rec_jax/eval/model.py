@@ -17,6 +17,7 @@ from rec_jax.data import draft, packing, vocabulary
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
+from rec_jax.eval.baselines import Scorer
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, text_blocks, text_table, text_vectors
 from rec_jax.eval.workdir import best_params, read_config
 from rec_jax.towers import interactions, two_tower
@@ -51,6 +52,7 @@ class Model:
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
         self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
+        self._products = jax.jit(lambda users, items: users @ items.T)
         head = spec.task
         self._scores = None if head is None else jax.jit(lambda p, u, v: interactions.score_all(p["task"], head, u, v))
         self._text_users = jax.jit(
@@ -127,16 +129,21 @@ class Model:
         return rankings.evaluate_vectors(users, items, eval_set, items_per_block=e.items_per_block, **options)
 
     def _rank_by_task(self, params: Params, eval_set: EvalSet, items: np.ndarray, options: dict[str, Any]) -> rankings.Rankings:
-        e, scores = self.config.eval, self._scores
-        assert scores is not None  # eval.rank_by='task' gives the towers a head
+        return rankings.evaluate_scores(self.scorer(params, items), eval_set, **options)
 
-        def scorer(histories: Ragged) -> np.ndarray:
+    def scorer(self, params: Params, items: np.ndarray) -> Scorer:
+        """items [N, D], as `item_vectors` -> function of at most eval.users_per_block histories [q] to the scores that rank [q, N]."""
+        e, by_task = self.config.eval, self._scores if self.config.eval.rank_by == "task" else None
+        assert (by_task is None) == (e.rank_by != "task")  # eval.rank_by='task' gives the towers a head
+
+        def scores(histories: Ragged) -> np.ndarray:
             users = self.user_vectors(params, items, histories)
-            filled = np.zeros((e.users_per_block, users.shape[1]), np.float32)
+            filled = np.zeros((e.users_per_block, users.shape[1]), np.float32)  # one shape: it compiles once
             filled[: len(users)] = users
-            return np.asarray(scores(params, filled, items))[: len(users)]
+            found = self._products(filled, items) if by_task is None else by_task(params, filled, items)
+            return np.asarray(found)[: len(users)]
 
-        return rankings.evaluate_scores(scorer, eval_set, **options)
+        return scores
 
     def validate(self, params: Params, *, step: int) -> dict[str, float]:
         """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""

@@ -7,7 +7,7 @@ Ties never count for the target. Users are taken in blocks; of a block stay its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,15 @@ from rec_jax.eval import metrics
 from rec_jax.mesh import Axis
 from rec_jax.types import Array, EvalSet, Ragged, RecJaxError
 
-Block = Callable[[np.ndarray, np.ndarray, np.ndarray], topk.Ranked]
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Users of an evaluation set, at its places rows [q]: histories [q], target [q, Tg] and exclude [q, any], both with -1 behind."""
+
+    rows: np.ndarray
+    histories: Ragged
+    target: np.ndarray
+    exclude: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,8 @@ def evaluate_vectors(
         raise RecJaxError(f"{len(users)} users, {len(items)} items; the evaluation set has {len(eval_set.users)} and {eval_set.n_items}")
     items = jnp.asarray(items)
 
-    def block(rows: np.ndarray, target: np.ndarray, exclude: np.ndarray) -> topk.Ranked:
+    def rank(block: Block) -> topk.Ranked:
+        rows = block.rows
         few = users_per_block - len(rows)  # the last block is filled up, so that it compiles to nothing new
 
         def grow(x: Array, value: int) -> np.ndarray:
@@ -81,9 +90,9 @@ def evaluate_vectors(
         out = topk.rank_and_top_k(
             grow(users[rows], 0),
             items,
-            grow(target, -1),
+            grow(block.target, -1),
             k=max(ks),
-            exclude=grow(exclude, -1),
+            exclude=grow(block.exclude, -1),
             block=items_per_block,
             bias=bias,
             mesh=mesh,
@@ -91,7 +100,7 @@ def evaluate_vectors(
         )
         return topk.Ranked(*(x[: len(rows)] for x in out))
 
-    return _evaluate(block, eval_set, ks, name, users_per_block, exclude)
+    return _evaluate(rank, eval_set, ks, name, users_per_block, exclude)
 
 
 def evaluate_scores(
@@ -108,17 +117,36 @@ def evaluate_scores(
     Memory: a few times users_per_block x N x 4 bytes. Args and Raises as in `evaluate_vectors`.
     """
 
-    def block(rows: np.ndarray, target: np.ndarray, exclude: np.ndarray) -> topk.Ranked:
-        scores = scorer(_take(eval_set.history, rows))
-        if scores.shape != (len(rows), eval_set.n_items):
-            raise RecJaxError(f"the scorer gave scores of shape {scores.shape}, expected {(len(rows), eval_set.n_items)}")
-        return topk.rank_and_top_k_of_scores(scores, target, k=max(ks), exclude=exclude)
+    def rank(block: Block) -> topk.Ranked:
+        scores = scorer(block.histories)
+        if scores.shape != (len(block.rows), eval_set.n_items):
+            raise RecJaxError(f"the scorer gave scores of shape {scores.shape}, expected {(len(block.rows), eval_set.n_items)}")
+        return topk.rank_and_top_k_of_scores(scores, block.target, k=max(ks), exclude=block.exclude)
 
-    return _evaluate(block, eval_set, ks, name, users_per_block, exclude)
+    return _evaluate(rank, eval_set, ks, name, users_per_block, exclude)
 
 
-def _evaluate(block: Block, eval_set: EvalSet, ks: Sequence[int], name: str, users_per_block: int, excluded: Ragged | None) -> Rankings:
-    history, targets = eval_set.history if excluded is None else excluded, eval_set.targets
+def blocks(eval_set: EvalSet, users_per_block: int, exclude: Ragged | None = None) -> Iterator[Block]:
+    """The users of `eval_set`, users_per_block at a time; those of like history length together: little padding, few compilations."""
+    history, targets = eval_set.history, eval_set.targets
+    removed = history if exclude is None else exclude
+    lengths, width = removed.lengths(), int(targets.lengths().max(initial=0))
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), users_per_block):
+        rows = order[start : start + users_per_block]
+        padded = _padded(removed, rows, _bucket(int(lengths[rows].max())))
+        yield Block(rows, _take(history, rows), _once(_padded(targets, rows, width)), padded)
+
+
+def _evaluate(
+    rank: Callable[[Block], topk.Ranked],
+    eval_set: EvalSet,
+    ks: Sequence[int],
+    name: str,
+    users_per_block: int,
+    exclude: Ragged | None,
+) -> Rankings:
+    history, targets = eval_set.history if exclude is None else exclude, eval_set.targets
     n = len(eval_set.users)
     if not n or len(history) != n or len(targets) != n:
         raise RecJaxError(
@@ -126,16 +154,12 @@ def _evaluate(block: Block, eval_set: EvalSet, ks: Sequence[int], name: str, use
         )
     if not ks or min(ks) < 1 or users_per_block < 1:
         raise RecJaxError(f"config.eval.k={tuple(ks)}, config.eval.users_per_block={users_per_block}: expected whole numbers above 0")
-    lengths = history.lengths()
-    order = np.argsort(lengths, kind="stable")  # users of like history length together: little padding, few compilations
     width = int(targets.lengths().max())
     ids = np.full((n, max(ks)), -1, np.int32)
     ranks, ranks_all = np.zeros((2, n, width), np.int32)
-    for start in range(0, n, users_per_block):
-        rows = order[start : start + users_per_block]
-        exclude = _padded(history, rows, _bucket(int(lengths[rows].max())))
-        out = block(rows, _once(_padded(targets, rows, width)), exclude)
-        ids[rows], ranks[rows], ranks_all[rows] = out.ids, out.ranks, out.ranks_all
+    for block in blocks(eval_set, users_per_block, exclude):
+        out = rank(block)
+        ids[block.rows], ranks[block.rows], ranks_all[block.rows] = out.ids, out.ranks, out.ranks_all
     return of_ranks(ids, ranks, ranks_all, ks=ks, name=name, n_items=eval_set.n_items)
 
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m rec_jax.serve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    recommend = commands.add_parser("recommend", help="best items for a history of titles")
+    recommend = commands.add_parser("recommend", help="best items for a history of titles, by the model alone (eval.fuse has no part)")
     recommend.add_argument("--model", required=True, help="a workdir")
     recommend.add_argument("--history", action="append", default=[], help="a title or id, oldest first; repeat it")
     recommend.add_argument("--k", type=int, default=10)

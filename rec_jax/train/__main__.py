@@ -26,7 +26,7 @@ from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.data.windows import Replay, Windows
-from rec_jax.eval import continual, cross, final, labelled, teacher
+from rec_jax.eval import continual, cross, final, fusion, labelled, teacher
 from rec_jax.eval import encoder as encoder_lib
 from rec_jax.eval import model as model_lib
 from rec_jax.eval.workdir import best_params, mark_of
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
     mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)  # bad ones are said before anything else is done
     start_lib.check(config)
+    fusion.check(config)
     chosen = None if args.stages is None else [name.strip() for name in args.stages.split(",") if name.strip()]
     on_disk = chain.Stages(workdir, config.stages, chosen)
     processes.start()

@@ -14,7 +14,9 @@ from rec_jax import config as config_lib
 from rec_jax.types import RecJaxError
 
 # Keys that another machine may set otherwise without making it another run: they change no result.
-FREE_KEYS = ("mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items")
+FREE_KEYS = (
+    "mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items", "eval.fuse",
+)  # fmt: skip
 FILE = "stage.json"
 
 

@@ -26,7 +26,7 @@ READERS: dict[str, Callable[[Any, Report], Tables]] = {
 # What each reader expects at config.data.path.
 EXPECTS = {
     "movielens": "a folder or .zip with u.data and u.item (100K), ratings.dat and movies.dat (1M, 10M), or ratings.csv and movies.csv",
-    "sequences": "a text file, one user a line: user item item ... in time order (.gz too)",
+    "sequences": 'a text file, one user a line: user item item ... in time order, or a .json file {"user": [item, ...]} (.gz too)',
     "recbole": "a folder with one .inter file, that file, or its path without the ending",
     "amazon": "a reviews file, JSON lines (.gz too), with the meta file in config.data.items",
     "mind": "a folder or .zip with behaviors.tsv and news.tsv",

@@ -75,16 +75,40 @@ def _items(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _read_100k(found: Mapping[str, File], on_bad: Mapping[str, str], report: Report) -> Tables:
-    events, event_place = delimited.read(found["u.data"], RATINGS, on_bad, report, separator="\t", names=tuple(RATINGS))
+def _movies_100k(file: File, on_bad: Mapping[str, str], report: Report) -> tuple[pl.DataFrame, delimited.Place]:
     flags = [f"genre {i}" for i in range(len(GENRES_100K))]
     names = ("item", "name", "release", "video", "url", *flags)
     columns = {"item": pl.Int32, "name": pl.String} | dict.fromkeys(flags, pl.String)
-    movies, item_place = delimited.read(
-        found["u.item"], columns, on_bad, report, separator="|", names=names, optional=("name",), latin1=True
-    )
+    movies, place = delimited.read(file, columns, on_bad, report, separator="|", names=names, optional=("name",), latin1=True)
     marks = [pl.when(pl.col(f) == "1").then(pl.lit(g)) for f, g in zip(flags, GENRES_100K, strict=True)]
-    items = _items(movies.select("item", "name", genres=pl.concat_str(marks, separator="|", ignore_nulls=True)))
+    return _items(movies.select("item", "name", genres=pl.concat_str(marks, separator="|", ignore_nulls=True))), place
+
+
+def _movies_dat(file: File, on_bad: Mapping[str, str], report: Report) -> tuple[pl.DataFrame, delimited.Place]:
+    columns = {"item": pl.Int32, "name": pl.String, "genres": pl.String}
+    movies, place = delimited.read(
+        file, columns, on_bad, report, separator="::", names=tuple(columns), optional=("name", "genres"), latin1=True
+    )
+    return _items(movies), place
+
+
+def _movies_csv(file: File, on_bad: Mapping[str, str], report: Report) -> tuple[pl.DataFrame, delimited.Place]:
+    columns = {"movieId": pl.Int32, "title": pl.String, "genres": pl.String}
+    movies, place = delimited.read(file, columns, on_bad, report, separator=",", optional=("title", "genres"))
+    return _items(movies.rename({"movieId": "item", "title": "name"})), place
+
+
+# The file of films in each layout -> its reader: (items table, row -> "file:line").
+MOVIES: dict[str, Callable[..., tuple[pl.DataFrame, delimited.Place]]] = {
+    "u.item": _movies_100k,
+    "movies.dat": _movies_dat,
+    "movies.csv": _movies_csv,
+}
+
+
+def _read_100k(found: Mapping[str, File], on_bad: Mapping[str, str], report: Report) -> Tables:
+    events, event_place = delimited.read(found["u.data"], RATINGS, on_bad, report, separator="\t", names=tuple(RATINGS))
+    items, item_place = _movies_100k(found["u.item"], on_bad, report)
     users = None
     if "u.user" in found:
         people = {"user": pl.Int32, "age": pl.Int32, "gender": pl.String, "occupation": pl.String, "zip": pl.String}
@@ -94,24 +118,19 @@ def _read_100k(found: Mapping[str, File], on_bad: Mapping[str, str], report: Rep
 
 def _read_dat(found: Mapping[str, File], on_bad: Mapping[str, str], report: Report) -> Tables:
     events, event_place = delimited.read(found["ratings.dat"], RATINGS, on_bad, report, separator="::", names=tuple(RATINGS))
-    columns = {"item": pl.Int32, "name": pl.String, "genres": pl.String}
-    movies, item_place = delimited.read(
-        found["movies.dat"], columns, on_bad, report, separator="::", names=tuple(columns), optional=("name", "genres"), latin1=True
-    )
+    items, item_place = _movies_dat(found["movies.dat"], on_bad, report)
     users = None
     if "users.dat" in found:  # 10M has none
         people = {"user": pl.Int32, "gender": pl.String, "age": pl.Int32, "occupation": pl.Int32, "zip": pl.String}
         users, _ = delimited.read(found["users.dat"], people, on_bad, report, separator="::", names=tuple(people), latin1=True)
-    return Tables(_items(movies), users_of(events, users), events, report, event_place=event_place, item_place=item_place)
+    return Tables(items, users_of(events, users), events, report, event_place=event_place, item_place=item_place)
 
 
 def _read_csv(found: Mapping[str, File], on_bad: Mapping[str, str], report: Report) -> Tables:
     columns = {"userId": pl.Int32, "movieId": pl.Int32, "rating": pl.Float32, "timestamp": pl.Int64}
     events, event_place = delimited.read(found["ratings.csv"], columns, on_bad, report, separator=",")
     events = events.rename({"userId": "user", "movieId": "item", "timestamp": "time"})
-    texts: dict[str, Any] = {"movieId": pl.Int32, "title": pl.String, "genres": pl.String}
-    movies, item_place = delimited.read(found["movies.csv"], texts, on_bad, report, separator=",", optional=("title", "genres"))
-    items = _items(movies.rename({"movieId": "item", "title": "name"}))
+    items, item_place = _movies_csv(found["movies.csv"], on_bad, report)
     return Tables(items, users_of(events), events, report, event_place=event_place, item_place=item_place)
 
 
