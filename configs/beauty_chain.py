@@ -24,7 +24,7 @@ def get_config(arg=None):
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
         c.eval.max_users = 200
-        c.eval.baselines = ("popularity",)
+        c.eval.baselines, c.eval.fuse = ("popularity",), ""
         for name in ("pretrain", "task", "distill"):
             c.stage[name].train.duration = "10 steps"
     elif arg in recipes.VARIANTS:

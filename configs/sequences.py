@@ -21,5 +21,5 @@ def get_config(arg=None):
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
         c.eval.max_users = 200
-        c.eval.baselines = ("popularity",)
+        c.eval.baselines, c.eval.fuse = ("popularity",), ""
     return c

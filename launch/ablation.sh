@@ -51,7 +51,7 @@ for seed in "${numbers[@]}"; do
     done
     preset=${variant/#whole/}
     "$python" -m rec_jax.train --config="$config${preset:+:$preset}" --workdir="$folder" --config.seed="$seed" \
-      --config.eval.baselines="()" --config.eval.examples="()" "${flags[@]+"${flags[@]}"}"
+      --config.eval.baselines="()" --config.eval.fuse="" --config.eval.examples="()" "${flags[@]+"${flags[@]}"}"
   done
 done
 

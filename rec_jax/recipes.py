@@ -29,6 +29,7 @@ def sequences(c: ConfigDict) -> None:
     c.train.log_every = "100 steps"
     c.train.patience = 4
     c.eval.max_users = 5000
+    c.eval.fuse = "sequence_knn"
 
 
 def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> None:

@@ -18,9 +18,9 @@ def bpr(
     *,
     n_items: int,
     dim: int = 64,
-    regularisation: float = 0.01,
+    regularisation: float = 0.03,
     learning_rate: float = 0.1,
-    epochs: int = 50,
+    epochs: int = 20,
     negatives: int = 128,
     steps: int = 30,
     seed: int = 0,
@@ -29,7 +29,8 @@ def bpr(
 
     Maximises the sum over triples (user, item of the user, other item) of log sigmoid(x(user, item) - x(user, other)) with
     x = w.h + b, less half of `regularisation` x the squares of what the triple touches, by AdaGrad on triples drawn uniformly. A user is
-    scored by history: the vector that maximises the same sum with the items held, against `negatives` drawn items.
+    scored by history: the vector that maximises the same sum with the items held, against `negatives` drawn items. The defaults are one
+    setting for a dense and a sparse data set (MovieLens 100K, Amazon Beauty), chosen on their validation items.
 
     Args:
       dim: D.
