@@ -17,7 +17,7 @@ def get_config(arg=None):
     c = defaults()
     recipes.sequences(c)
 
-    recipes.four_stages(c, pretrain="1 epochs", task="2 epochs", distill="3 epochs")
+    recipes.four_stages(c, pretrain="100 steps", task="2 epochs", distill="3 epochs")
     if arg == "smoke":
         c.towers.text.path = "scratch"
         c.towers.text.scratch.update({"layers": 1, "width": 64, "heads": 2, "words": 2000})
