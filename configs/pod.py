@@ -4,9 +4,9 @@
     python -m rec_jax.train --config=configs/pod.py:smoke --workdir=DIR        # here, in a minute: MiniLM on a part of MovieLens
 
 The data are one user a line and a table of item texts (configs/sequences.py), given by --config.data.path and --config.data.items. A preset
-is a slice, with the global batch and D that it takes (SLICES); with `_large`, BERT-large instead of BERT-base. `v5e_16x16`,
-`v5e_16x16_large` and `v6e_16x16` have been compiled for their slices and fit their chips (tests/bench/tpu_compile.py, with goldens of
-memory and collectives), the others not yet. No pod has run any: there is no figure.
+is a slice, with the global batch and D that it takes (SLICES); with `_large`, BERT-large instead of BERT-base. All have been compiled for
+their slices and fit their chips (tests/bench/tpu_compile.py, with goldens of memory and collectives). No pod has run any: there is no
+figure.
 """
 
 from ml_collections import ConfigDict
