@@ -11,9 +11,9 @@ def sequences(c: ConfigDict) -> None:
     """Gives a config what a file of user sequences wants (configs/sequences.py): items without text stay, windows of 128, some users
     validated, few epochs. `c` is changed in place.
 
-    What mattered on Amazon Beauty, in order: texts that begin as short vectors, so that items' own count beside them from the first
-    steps; width 128; Adam's second moment over 1,000 steps, for with 50 the noise of an item that is rarely a target moves it as far as
-    a target does; and an end after few epochs, for the items' own vectors soon learn the histories by heart.
+    What mattered on Amazon Beauty: texts that begin as short vectors, so that items' own count beside them from the first steps (test
+    NDCG@10 .032 to .045 in four epochs), width 128 (to .055), and an end after few epochs, for the items' own vectors soon learn the
+    histories by heart (twelve: .052). The slower second moment came with other changes; what it adds alone is not measured.
     """
     c.data.reader = "sequences"
     c.data.on_bad.empty_text = "keep"
