@@ -300,6 +300,29 @@ def read_config(workdir: epath.PathLike, overrides: Sequence[tuple[str, str]] = 
     return config
 
 
+def stage_with_towers(whole: ConfigDict, stage: str | None, workdir: epath.PathLike, *, key: str = "") -> tuple[str | None, ConfigDict]:
+    """The stage of a trained workdir that has a name, or the last one, -> (its name, None where there are no stages; its config).
+
+    Args:
+      whole: of `read_config`.
+      stage: a name; None or "" = the last.
+      workdir: for messages.
+      key: the config key that names the stage, for messages.
+
+    Raises:
+      RecJaxError: no such stage, or one that trained no towers.
+    """
+    place = f"{key}: " if key else ""
+    name = stage or (whole.stages[-1] if whole.stages else None)
+    if name is not None and name not in whole.stages:
+        raise RecJaxError(f"{place}{workdir} has no stage {name!r}; it has {', '.join(whole.stages) or 'none'}")
+    config = for_stage(whole, name) if name else whole
+    other = {"texts": "an encoder on texts", "pairs": "a cross-encoder on pairs"}.get(config.batch.kind)
+    if other:
+        raise RecJaxError(f"{place}stage {name!r} of {workdir} trained {other}, and no towers: name another stage")
+    return name, config
+
+
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """Parses argv, and collects `--config.a.b=v` and `--config.a.b v` as overrides."""
     rest, overrides, words = [], [], list(argv)

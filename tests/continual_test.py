@@ -349,7 +349,7 @@ def test_other_data_needs_another_workdir(world):
         ({"start.replay": 1.5}, r"start.replay=1.5: must be between 0 .* and 1"),
         ({"start.path": "", "start.replay": 0.5}, "set config.start.path"),
         ({"start.path": "nowhere"}, "nowhere is no workdir"),
-        ({"start.stage": "late"}, "start.stage='late': .* has no such stage; it has none"),
+        ({"start.stage": "late"}, "config.start.stage: .* has no stage 'late'; it has none"),
         ({"towers.text.layers": 0}, "the first stage makes a student"),
         ({"towers.text.pooling": "cls"}, "towers.text.pooling is 'mean' in .*first and 'cls' here"),
         ({"towers.text.scratch.width": 32}, "towers.text.scratch is .*'width': 16.* in .*first and .*'width': 32"),

@@ -13,20 +13,16 @@ from etils import epath
 from stage_objectives_test import overfit
 
 from rec_jax import config as config_lib
-from rec_jax import mesh as mesh_lib
 from rec_jax.data.packing import texts_per_row
 from rec_jax.data.pair_batches import pair_text, written_out
 from rec_jax.eval import cross, rankings
 from rec_jax.eval import model as model_lib
-from rec_jax.mesh import make_mesh
 from rec_jax.towers import two_tower
 from rec_jax.towers.batches import encode_pairs
 from rec_jax.towers.bert import init as init_text
 from rec_jax.towers.interactions import cross_scores
 from rec_jax.train import loop, stages
 from rec_jax.train.objectives import cross as objective
-from rec_jax.train.state import RNG
-from rec_jax.train.step import loss_and_metrics
 from rec_jax.types import Batch, Context, EvalSet, Outputs, Ragged, RecJaxError
 
 PAIRS = {
@@ -142,16 +138,7 @@ def test_64_pairs_are_learned_by_heart(tmp_path, loss):
 
 def test_eight_devices_have_the_loss_and_gradient_of_one(tmp_path):
     task, _ = pair_task(tmp_path, dropout=0.1)
-    batch, key, found = next(iter(task.batches)), jax.random.key(3, impl=RNG), []
-    for mesh in (tiny.one_device(), make_mesh({"data": 4, "fsdp": 2})):
-        whole = mesh_lib.replicated(mesh)
-        function = jax.jit(jax.value_and_grad(lambda p, b, c, m=mesh: loss_and_metrics(p, task.spec, b, c, key, mesh=m)[0]))
-        with jax.set_mesh(mesh):
-            arguments = mesh_lib.put(task.params, whole), mesh_lib.to_global(batch, mesh), mesh_lib.put(task.constants, whole)
-            found.append(jax.device_get(function(*arguments)))
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
-    flat = [np.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for _, g in found]
-    np.testing.assert_allclose(flat[0], flat[1], atol=2e-5 * np.abs(flat[0]).max())
+    assert np.abs(tiny.gradient_of_one_device_and_eight(task)["cross"]["out"]["kernel"]).max() > 0
 
 
 def test_a_stage_trains_and_measures_drawn_pairs(tmp_path):
@@ -243,5 +230,5 @@ def test_the_objective_needs_pairs(tmp_path):
 
 def test_a_cross_encoder_has_no_vectors(tmp_path):
     (tmp_path / "config.json").write_text(config_lib.to_json(tiny.config(**PAIRS)))
-    with pytest.raises(RecJaxError, match="trained a cross-encoder on pairs, and no towers: name a stage before it"):
+    with pytest.raises(RecJaxError, match="trained a cross-encoder on pairs, and no towers: name another stage"):
         model_lib.load(tmp_path)

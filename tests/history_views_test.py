@@ -276,17 +276,8 @@ def test_the_views_of_a_batch_find_each_other(tmp_path, same_target):
 @pytest.mark.parametrize("same_target", [False, True])
 def test_eight_devices_have_the_loss_and_gradient_of_one(tmp_path, same_target):
     task = task_of(tmp_path, **{"objectives.history_views.same_target": same_target, "towers.user.dropout": 0.2})
-    batch, key, found = next(iter(task.batches)), jax.random.key(3, impl=RNG), []
-    for mesh in (tiny.one_device(), make_mesh({"data": 4, "fsdp": 2})):
-        whole = mesh_lib.replicated(mesh)
-        function = jax.jit(jax.value_and_grad(lambda p, b, c, m=mesh: loss_and_metrics(p, task.spec, b, c, key, mesh=m)[0]))
-        with jax.set_mesh(mesh):
-            arguments = mesh_lib.put(task.params, whole), mesh_lib.to_global(batch, mesh), mesh_lib.put(task.constants, whole)
-            found.append(jax.device_get(function(*arguments)))
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
-    flat = [np.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for _, g in found]
-    np.testing.assert_allclose(flat[0], flat[1], atol=2e-5 * np.abs(flat[0]).max())
-    assert np.abs(found[0][1]["user"]["mask"]).max() > 0
+    gradient = tiny.gradient_of_one_device_and_eight(task)
+    assert np.abs(gradient["user"]["mask"]).max() > 0
 
 
 def test_a_run_trains_beside_another_objective(tmp_path):

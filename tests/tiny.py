@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from etils import epath
@@ -15,6 +17,8 @@ from rec_jax.data.pipeline import Batches, BatchSpec
 from rec_jax.towers import BertSpec, two_tower
 from rec_jax.towers.bert import init as init_text
 from rec_jax.train import loop, stages
+from rec_jax.train.state import RNG
+from rec_jax.train.step import loss_and_metrics
 from rec_jax.types import Ragged
 
 N_ITEMS, N_USERS, VOCAB = 60, 40, 50
@@ -94,6 +98,21 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     inputs = stages.Inputs(world, tokens(), spec, text_params, None if spec.encode else table(), last)
     evaluate = evaluate or (lambda params, *, step: {"valid/ndcg@10": 0.0})
     return stages.make_task(c, name, epath.Path(folder), inputs, batches, mesh, evaluate)
+
+
+def gradient_of_one_device_and_eight(task: loop.Task) -> Any:
+    """The gradient of a task's first batch with dropout, once it is seen that (4, 2) devices find the loss and gradient of one."""
+    batch, key, found = next(iter(task.batches)), jax.random.key(3, impl=RNG), []
+    for mesh in (one_device(), mesh_lib.make_mesh({"data": 4, "fsdp": 2})):
+        whole = mesh_lib.replicated(mesh)
+        function = jax.jit(jax.value_and_grad(lambda p, b, c, m=mesh: loss_and_metrics(p, task.spec, b, c, key, mesh=m)[0]))
+        with jax.set_mesh(mesh):
+            arguments = mesh_lib.put(task.params, whole), mesh_lib.to_global(batch, mesh), mesh_lib.put(task.constants, whole)
+            found.append(jax.device_get(function(*arguments)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    flat = [np.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for _, g in found]
+    np.testing.assert_allclose(flat[0], flat[1], atol=2e-5 * np.abs(flat[0]).max())
+    return found[0][1]
 
 
 def one_device():

@@ -120,6 +120,10 @@ def test_items_without_their_own_vectors_are_the_same_on_both_sides_of_the_loss(
     np.testing.assert_allclose(out.item[there], out.catalogue[batch.item_ids[there]], atol=1e-6)
     with pytest.raises(RecJaxError, match=r"config.towers.item.id_dropout=1.0: must be at least 0 and below 1"):
         batch_and_spec("history", "frozen", **{"towers.item.id_dropout": 1.0})
+    with pytest.raises(RecJaxError, match=r"config.towers.item.id_dropout=0.5 drops items' own vectors: set config.towers.item.ids"):
+        batch_and_spec("history", "frozen", **{"towers.item.id_dropout": 0.5})
+    with pytest.raises(RecJaxError, match=r"config.towers.item.text_length=-1.0: must be at least 0"):
+        batch_and_spec("history", "frozen", **{"towers.item.text_length": -1.0})
 
 
 def test_gradients_reach_every_weight_of_the_encoder():

@@ -58,14 +58,9 @@ def start_of(config: Any) -> Start:
     Raises:
       RecJaxError: no workdir, no such stage, or one that trained no towers.
     """
-    path, stage = epath.Path(config.start.path).expanduser(), config.start.stage
+    path = epath.Path(config.start.path).expanduser()
     whole = config_lib.read_config(path)
-    name = stage or (whole.stages[-1] if whole.stages else None)
-    if name is not None and name not in whole.stages:
-        raise RecJaxError(f"config.start.stage={name!r}: {path} has no such stage; it has {', '.join(whole.stages) or 'none'}")
-    of_stage = config_lib.for_stage(whole, name) if name else whole
-    if of_stage.batch.kind == "texts":
-        raise RecJaxError(f"config.start: stage {name!r} of {path} trained an encoder on texts, and no towers: name a later stage")
+    name, of_stage = config_lib.stage_with_towers(whole, config.start.stage, path, key="config.start.stage")
     return Start(path, whole, name, of_stage)
 
 

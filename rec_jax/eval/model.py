@@ -241,14 +241,7 @@ def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print)
       RecJaxError: no workdir, an unknown stage, one that trained no towers, or nothing trained in it yet.
     """
     whole = read_config(workdir)
-    name = stage or (whole.stages[-1] if whole.stages else None)
-    if name is not None and name not in whole.stages:
-        raise RecJaxError(f"{workdir} has no stage {name!r}; it has {', '.join(whole.stages) or 'none'}")
-    config = config_lib.for_stage(whole, name) if name else whole
-    if config.batch.kind == "texts":
-        raise RecJaxError(f"stage {name!r} of {workdir} trained an encoder on texts, and no towers: name a later stage")
-    if config.batch.kind == "pairs":
-        raise RecJaxError(f"stage {name!r} of {workdir} trained a cross-encoder on pairs, and no towers: name a stage before it")
+    name, config = config_lib.stage_with_towers(whole, stage, workdir)
     folder = epath.Path(workdir) / name if name else epath.Path(workdir)
     params, step = best_params(folder)
     prepared = prepare(config)

@@ -88,11 +88,13 @@ def make_spec(
       mask: the history tower has a learned vector for hidden items.
 
     Raises:
-      RecJaxError: towers.item.id_dropout outside [0, 1), a negative towers.item.text_length.
+      RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length.
     """
     t, u, h = towers.text, towers.user, towers.task
     if not 0 <= towers.item.id_dropout < 1:
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r}: must be at least 0 and below 1")
+    if towers.item.id_dropout and not towers.item.ids:
+        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} drops items' own vectors: set config.towers.item.ids")
     if towers.item.text_length < 0:
         raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
@@ -111,7 +113,7 @@ def make_spec(
         history=tower,
         n_users=n_users if u.kind == "id" else 0,
         text_length=towers.item.text_length,
-        id_dropout=towers.item.id_dropout if towers.item.ids else 0.0,
+        id_dropout=towers.item.id_dropout,
         task=interactions.InteractionSpec(
             kind=h.kind,
             tasks=tasks,

@@ -77,6 +77,11 @@ def taught(context: Context) -> Outputs:
     return context.teacher
 
 
+def learned_scale(scalars: Any) -> Any:
+    """What scores of users and items are multiplied by: 1 / the learned temperature of info_nce; 1 where none is learned."""
+    return jnp.exp(-scalars[TEMPERATURE]) if TEMPERATURE in scalars else 1.0
+
+
 def target_ids(batch: Batch) -> jax.Array:
     """Catalogue index of each query's target [G, Q]; 0 where there is none (its weight is 0)."""
     ids = jax.vmap(lambda ids, i: jnp.take(ids, jnp.maximum(i, 0)))(batch.item_ids, batch.targets)

@@ -93,7 +93,7 @@ def logit_scale(scalars: Any, fixed: float, place: str) -> Any:
         return fixed
     if base.TEMPERATURE not in scalars:
         raise RecJaxError(f"{place}.scale=0 takes the learned temperature of info_nce, which is not there: set {place}.scale, e.g. to 14")
-    return jnp.exp(-scalars[base.TEMPERATURE])
+    return base.learned_scale(scalars)
 
 
 def kl(outputs: Outputs, batch: Batch, context: Context, spec: KLSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -146,8 +146,7 @@ def rank(outputs: Outputs, batch: Batch, context: Context, spec: DrawnSpec) -> t
     Reference: Reddi et al., "RankDistil" (2021); Tang & Wang, "Ranking Distillation" (2018).
     """
     scores = [jnp.concatenate([p[:, None], n], axis=1) for p, n in (_drawn(outputs, batch), _drawn(base.taught(context), batch))]
-    scale = jnp.exp(-context.scalars[base.TEMPERATURE]) if base.TEMPERATURE in context.scalars else 1.0
-    losses = rank_order_loss(scores[0] * scale, scores[1], top=spec.top or None)
+    losses = rank_order_loss(scores[0] * base.learned_scale(context.scalars), scores[1], top=spec.top or None)
     loss = jnp.sum(losses * base.mean_weights(batch))
     return loss, {"distill_rank": loss}
 

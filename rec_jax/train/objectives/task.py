@@ -169,7 +169,7 @@ def preference(outputs: Outputs, batch: Batch, context: Context, spec: Preferenc
     places = jnp.asarray(batch.negatives)
 
     def scores(made: Outputs, scalars: Any) -> tuple[jax.Array, jax.Array]:
-        scale = jnp.exp(-scalars[base.TEMPERATURE]) if base.TEMPERATURE in scalars else 1.0
+        scale = base.learned_scale(scalars)
         target = jnp.einsum("gqd,gqd->gq", made.user, base.lookup(made.item, batch.targets))
         others = jnp.einsum("gqd,gqkd->gqk", made.user, base.lookup(made.item, places))
         return base.flat(target) * scale, base.flat(others) * scale
