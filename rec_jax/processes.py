@@ -11,6 +11,7 @@ STUCK_SECONDS, with the place where each process is. In each case the same comma
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -38,6 +39,7 @@ BARRIER_SECONDS = 24 * 3600  # a wait is not bounded by its length: a dead proce
 
 _numbers = itertools.count()  # of barriers and gathers: every process makes the same ones in the same order
 _doing = ["starting"]  # what this process is at
+_over = threading.Event()  # this process ends
 
 
 def start() -> None:
@@ -65,7 +67,9 @@ def start() -> None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**place, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if place_of()[1] > 1:
-        threading.Thread(target=_watch, name="other processes", daemon=True).start()
+        watch = threading.Thread(target=_watch, name="other processes", daemon=True)
+        watch.start()
+        atexit.register(_end_watch, watch)  # runs before jax's own, which takes the client away
 
 
 def place_of() -> tuple[int, int]:
@@ -167,7 +171,12 @@ def together() -> Iterator[None]:
                 _state().client.key_value_set("rec_jax/failed", cause)
         _leave(cause)
     else:
+        # A process reads its first device's part of a result: its other devices may still be in a collective, and one that ends then
+        # leaves the others waiting for it. Collectives run in their order: when a last one is through on all devices, all are.
         barrier("end")
+        if count > 1:
+            jax.block_until_ready(any_of(False))
+        barrier("ended")
 
 
 def _failure() -> str | None:
@@ -189,12 +198,17 @@ def _leave(cause: str) -> None:
     os._exit(1)
 
 
+def _end_watch(watch: threading.Thread) -> None:
+    """Ends the thread: one that is within jax's client while Python shuts down aborts the process."""
+    _over.set()
+    watch.join(HEARTBEAT_SECONDS)
+
+
 def _watch() -> None:
     """In a thread of each process: leaves when another has failed, and says so when nothing goes on."""
     index, count = place_of()
     client, moved, seen = _state().client, time.monotonic(), list[str]()
-    while True:
-        time.sleep(POLL_SECONDS)
+    while not _over.wait(POLL_SECONDS):
         cause = _failure()
         if cause is not None:
             _leave(cause)

@@ -80,15 +80,24 @@ def test_what_the_user_set_stays(tmp_path):
 
 
 def test_processes_find_each_other(tmp_path):
-    """rec_jax.processes.start() in each, then a sum over both."""
-    program = (
-        "import jax; from rec_jax import processes; processes.start(); from jax.experimental import multihost_utils as m;"
-        "print(jax.process_count(), jax.device_count(), m.process_allgather(jax.process_index() + 1).sum())"
+    """rec_jax.processes.start() in each, a sum over both, and an end that leaves no thread within jax's client."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, threading\n"
+        "import jax\n"
+        "import numpy as np\n"
+        "from rec_jax import processes\n"
+        "atexit.register(lambda: print('threads:', [t.name for t in threading.enumerate() if t.name == 'other processes']))\n"
+        "processes.start()\n"
+        "print('watched:', any(t.name == 'other processes' for t in threading.enumerate()))\n"
+        "with processes.together():\n"
+        "    print(jax.process_count(), jax.device_count(), processes.total(np.asarray(jax.process_index() + 1)))\n"
     )
-    done = run(tmp_path, "2", "--devices_per_process=2", "--", sys.executable, "-c", program, PYTHONPATH=str(ROOT))
+    done = run(tmp_path, "2", "--devices_per_process=2", "--", sys.executable, str(program), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    assert "2 4 3" in done.stdout
-    assert "2 4 3" in log(tmp_path, 1)
+    for said in (done.stdout, log(tmp_path, 1)):
+        for line in ("watched: True", "2 4 3", "threads: []"):
+            assert line in said.splitlines()
 
 
 def test_one_that_dies_stops_the_others_and_shows_its_last_lines(tmp_path):
