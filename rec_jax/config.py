@@ -121,13 +121,13 @@ CHOICES = {
     "eval.fuse": ("", *BASELINES),
     "eval.rank_by": ("vectors", "task"),
     "objectives.info_nce.candidates": ("batch", "catalogue"),
-    "optimizer.schedule": ("cosine", "constant"),
+    "optimizer.schedule": ("cosine", "constant", "plateau"),
 }
 POSITIVE = (
     "batch.shards", "batch.history_rows", "batch.history_length", "batch.max_items", "batch.text_rows", "batch.row_tokens",
     "batch.impressions", "batch.pair_negatives", "batch.user_history",
-    "towers.dim", "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.accumulate", "eval.users_per_block",
-    "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
+    "towers.dim", "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.cooldown", "optimizer.accumulate",
+    "eval.users_per_block", "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
 )  # fmt: skip
 
 

@@ -240,7 +240,10 @@ def defaults() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-3
-    c.optimizer.schedule = "cosine"  # cosine | constant
+    # cosine | constant | plateau: constant until train.patience evaluations have brought nothing better (or the duration is nearly over),
+    # then a linear way down to 0, so that a run is as long as its data can use; train.duration is the most
+    c.optimizer.schedule = "cosine"
+    c.optimizer.cooldown = 0.3  # plateau: steps of the way down, as a share of the steps before it
     c.optimizer.warmup = "5 percent"  # duration
     c.optimizer.final = 0.0  # last learning rate as a share of the peak
     c.optimizer.beta1 = 0.9
@@ -260,7 +263,8 @@ def defaults() -> ConfigDict:
     c.train.checkpoint_every = "10 percent"
     c.train.monitor = "valid/ndcg@10"
     c.train.monitor_goal = "max"  # max | min: what better means of the monitored metric
-    c.train.patience = 0  # stop after that many evaluations without improvement; 0 = off
+    # That many evaluations without improvement end the run (with optimizer.schedule="plateau", begin its end); 0 = off
+    c.train.patience = 0
     c.train.prefetch = 2  # batches made ahead
 
     c.mesh = ConfigDict()

@@ -23,6 +23,8 @@ from rec_jax.eval.workdir import best_params, read_config
 from rec_jax.towers import interactions, two_tower
 from rec_jax.types import EvalSet, Params, Ragged, RecJaxError
 
+SHORTEST = 16  # places of the shortest histories that are encoded together
+
 
 class Model:
     """Turns parameters into vectors and rankings; holds the data and the specs, not the parameters.
@@ -82,12 +84,12 @@ class Model:
             return self._written_out(two_tower.merged(params, self.spec), histories)
         size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
         out = np.zeros((len(histories), self.spec.dim), np.float32)
-        for first in self._parts(range(0, len(histories), block)):
-            rows = np.full((block, size), -1, np.int32)
-            for n, row in enumerate(range(first, min(first + block, len(histories)))):
-                newest = histories[row][-size:]
+        for users, places in self._parts(by_length(np.minimum(histories.lengths(), size), size, block)):
+            rows = np.full((block, places), -1, np.int32)
+            for n, user in enumerate(users):
+                newest = histories[int(user)][-places:]
                 rows[n, : len(newest)] = newest
-            out[first : first + block] = np.asarray(self._users(params, items, rows))[: len(histories) - first]
+            out[users] = np.asarray(self._users(params, items, rows))[: len(users)]
         return processes.total(out) if self.shared else out
 
     def _parts(self, blocks: Iterable[Any]) -> Iterable[Any]:
@@ -158,6 +160,20 @@ class Model:
         chosen = np.sort(np.random.default_rng(self.config.seed).choice(len(whole.users), most, replace=False))
         pick = lambda ragged: Ragged.from_rows([ragged[int(n)] for n in chosen])
         return EvalSet(whole.users[chosen], pick(whole.history), pick(whole.targets), whole.n_items)
+
+
+def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.ndarray, int]]:
+    """Lengths of histories [U], at most `longest` -> (at most `block` users, places) of each block: those of a block are about as long.
+
+    Places are SHORTEST, twice that, ... and `longest`, so that few shapes are compiled and less than half of the places are empty.
+    """
+    out, places, rest = [], min(SHORTEST, longest), np.arange(len(lengths))
+    while len(rest):
+        fits = lengths[rest] <= places
+        users, rest = rest[fits], rest[~fits]
+        out += [(users[n : n + block], places) for n in range(0, len(users), block)]
+        places = min(2 * places, longest)
+    return out
 
 
 def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:

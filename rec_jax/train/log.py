@@ -115,6 +115,12 @@ class Display:
         elif active:
             print(f"{title}: steps {start} to {total} (the first one compiles)", flush=True)
 
+    def until(self, total: int) -> None:
+        """The run ends at another step than was planned."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def tick(self, step: int) -> None:
         """A step is done; the clock starts after the first, which compiles."""
         if self._began is None:

@@ -56,7 +56,12 @@ class Progress:
     best_step: int | None = None
     bad_evals: int = 0
     stopped: bool = False
+    cooldown: list[int] | None = None  # steps between which the learning rate goes down; schedule "plateau"
     since_report: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def end(self, total: int) -> int:
+        """The last step of a run of at most `total`."""
+        return total if self.cooldown is None else self.cooldown[1]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -95,7 +100,8 @@ class Task:
 
 def create_state(task: Task, params: Any, optimizer: Any) -> state_lib.TrainState:
     """Step 0 of a task, traceable."""
-    return state_lib.create(params, optimizer, seed=task.loop.seed, momentum=task.spec.momentum > 0, queue=task.spec.queue)
+    plateau = task.optimizer.schedule == "plateau"
+    return state_lib.create(params, optimizer, seed=task.loop.seed, plateau=plateau, momentum=task.spec.momentum > 0, queue=task.spec.queue)
 
 
 def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -151,7 +157,7 @@ def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
         progress, start = Progress(), checkpoints.latest_step()
         if start is not None:
             progress = Progress(**checkpoints.place(start)["progress"])
-            if start >= task.loop.total or progress.stopped:
+            if start >= progress.end(task.loop.total) or progress.stopped:
                 if jax.process_index() == 0:
                     print(f"{task.name or 'training'}: done at step {start}, best {progress.best} at step {progress.best_step}", flush=True)
                 return progress
@@ -205,8 +211,9 @@ class _Run:
         self.step_fn, self.state, self.progress, self.resumed, self.start = step_fn, state, progress, start is not None, start or 0
         first = jax.process_index() == 0
         self.log = MetricsLog(task.folder, stage=task.name, step=start, active=first)
-        self.display = Display(task.name or "training", start=self.start, total=task.loop.total, active=first)
+        self.display = Display(task.name or "training", start=self.start, total=progress.end(task.loop.total), active=first)
         self.learning_rate = optimizer_lib.schedule(task.optimizer)
+        self.plateau = task.optimizer.schedule == "plateau"
         self.pending: tuple[int, Any, Any, Any] | None = None
         self.several = jax.process_count() > 1
         self.stop = False  # asked of any process, and known to all
@@ -236,10 +243,12 @@ class _Run:
                     self._collect()
                     step += 1
                     self.pending = (step, metrics, examples, asked)
-                    if step % loop.log_every == 0 or step == loop.total:
+                    if step % loop.log_every == 0 or self._at_end(step):
                         self._report(step)
-                    if step % loop.eval_every == 0 or step == loop.total:
+                    if step % loop.eval_every == 0 or self._at_end(step):
                         self._evaluate(step)
+                    if self.plateau and step == self._latest():
+                        self._cool_down(step)
                     if step % loop.checkpoint_every == 0 or self._finished(step):
                         self._save(step)
                     self.display.tick(step)
@@ -250,7 +259,8 @@ class _Run:
                         self._save(step)
                         self.checkpoints.wait()
                         self.display.close()
-                        raise Interrupted(f"stopped at step {step} of {loop.total}; the state is saved: the same command goes on from here")
+                        end = self.progress.end(loop.total)
+                        raise Interrupted(f"stopped at step {step} of {end}; the state is saved: the same command goes on from here")
             self.checkpoints.wait()
         finally:
             self.display.close()
@@ -265,7 +275,24 @@ class _Run:
         processes.barrier("compiled")
 
     def _finished(self, step: int) -> bool:
-        return step >= self.task.loop.total or self.progress.stopped
+        return self._at_end(step) or self.progress.stopped
+
+    def _at_end(self, step: int) -> bool:
+        return step >= self.progress.end(self.task.loop.total)
+
+    def _latest(self) -> int:
+        """The last step at which a cooldown can begin and still end within the duration."""
+        return max(1, int(self.task.loop.total / (1 + self.task.optimizer.cooldown)))
+
+    def _cool_down(self, step: int) -> None:
+        """From here on the learning rate goes down; at its end the run is over."""
+        if self.progress.cooldown is not None:
+            return
+        end = min(self.task.loop.total, step + max(1, round(step * self.task.optimizer.cooldown)))
+        self.progress.cooldown = [step, end]
+        self.state.cooldown = mesh_lib.put(np.asarray(self.progress.cooldown, np.int32), mesh_lib.replicated(self.mesh))
+        self.display.until(end)
+        self.display.say(f"  step {step}: the learning rate goes down from here to step {end}, the last")
 
     def _collect(self) -> None:
         """Fetches the metrics of the step before, which is done by now, and checks them."""
@@ -284,7 +311,10 @@ class _Run:
         self._collect()
         means = {k: float(np.mean(v)) for k, v in self.progress.since_report.items()}
         self.progress.since_report = {}
-        means["train/learning_rate"] = float(self.learning_rate(max(0, step - 1) // self.task.optimizer.accumulate))
+        rate = float(self.learning_rate(max(0, step - 1) // self.task.optimizer.accumulate))
+        if self.progress.cooldown is not None:
+            rate *= float(state_lib.cooled(step - 1, self.progress.cooldown))
+        means["train/learning_rate"] = rate
         self.log.write(step, means)
         self.display.train(step, means)
 
@@ -302,7 +332,8 @@ class _Run:
             progress.best, progress.best_step, progress.bad_evals = value, step, 0
         else:
             progress.bad_evals += 1
-            progress.stopped = bool(loop.patience) and progress.bad_evals >= loop.patience
+            out_of_patience = bool(loop.patience) and progress.bad_evals >= loop.patience
+            progress.stopped = out_of_patience and not self.plateau
         self.log.write(step, metrics)
         seconds = time.perf_counter() - began
         self.display.pause(seconds)
@@ -311,6 +342,8 @@ class _Run:
         self.display.say(f"  step {step}: {loop.monitor} {value:.4f} ({note}; {seconds:.1f} s){end}")
         if better:
             self._save(step)
+        elif out_of_patience and self.plateau and not self._at_end(step):
+            self._cool_down(step)
 
     def _save(self, step: int) -> None:
         if self.saved == step:

@@ -19,7 +19,7 @@ class OptimizerSpec:
     """`config.optimizer` with durations in steps."""
 
     learning_rate: float
-    schedule: str
+    schedule: str  # "plateau" is constant here: its way down is in the state (state.cooldown), for nobody knows before when it begins
     warmup: int
     total: int
     final: float
@@ -31,12 +31,13 @@ class OptimizerSpec:
     scale: tuple[tuple[str, float], ...]
     clip: float
     accumulate: int
+    cooldown: float = 0.3
 
 
 def schedule(spec: OptimizerSpec) -> optax.Schedule:
     """Step -> learning rate: linear warm-up, then cosine to `final` of the peak, or constant."""
     updates, warmup = max(1, spec.total // spec.accumulate), spec.warmup // spec.accumulate
-    if spec.schedule == "constant":
+    if spec.schedule in ("constant", "plateau"):
         return optax.warmup_constant_schedule(0.0 if warmup else spec.learning_rate, spec.learning_rate, warmup)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else spec.learning_rate, spec.learning_rate, warmup, max(updates, warmup + 1), spec.learning_rate * spec.final

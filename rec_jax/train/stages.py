@@ -245,6 +245,7 @@ def make_task(
         freeze=tuple(opt.freeze),
         scale=(*(tuple(pair) for pair in opt.scale), *layer_scales(opt.layer_decay, spec.towers.text.layers)),
         clip=opt.clip,
+        cooldown=opt.cooldown,
         accumulate=opt.accumulate,
     )
     loop_spec = loop.LoopSpec(

@@ -33,6 +33,7 @@ class TrainState:
       params: {"item", "user", "text", "scalars"}; scalars are learned with the rest.
       opt_state: of the optimizer.
       rng: [2] uint32, data of the root key; every random stream is folded from it, so it never changes.
+      cooldown: [2] int32, steps between which the learning rate goes down to 0, -1 before that is known; with schedule "plateau".
       momentum: running mean of the towers' params (no scalars).
       queue: {"vectors" [G, slots, Q, D], "ids" [G, slots, Q]}: target items of the last batches, id -1 = empty. G comes first, so that it
         lies on the devices as the batch does, and [G * slots * Q, D] is the same memory.
@@ -42,16 +43,25 @@ class TrainState:
     params: Any
     opt_state: Any
     rng: Any
+    cooldown: Any = None
     momentum: Any = None
     queue: Any = None
 
 
 def create(
-    params: Any, optimizer: optax.GradientTransformation, *, seed: int, momentum: bool = False, queue: QueueSpec | None = None
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    plateau: bool = False,
+    momentum: bool = False,
+    queue: QueueSpec | None = None,
 ) -> TrainState:
     """Step 0. Traceable, so that `jit` with out_shardings makes it in place."""
     rng = jax.random.key_data(jax.random.key(seed, impl=RNG))
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng)
+    if plateau:
+        state.cooldown = jnp.full(2, -1, jnp.int32)
     if momentum:
         state.momentum = jax.tree.map(jnp.copy, tower_params(params))
     if queue is not None:
@@ -63,6 +73,16 @@ def create(
 def tower_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters without the learned scalars: what the momentum encoder is made of."""
     return {name: value for name, value in params.items() if name != "scalars"}
+
+
+def cooled(step: Any, cooldown: Any) -> Any:
+    """Updates done [], cooldown [2] -> factor of the learning rate []: 1, then linearly down to 0 between both steps.
+
+    Reference: Zhai et al., "Scaling Vision Transformers" (2022), section 3.5.
+    """
+    begin, end = cooldown[0], cooldown[1]
+    left = (end - step) / jnp.maximum(end - begin, 1)
+    return jnp.where(begin < 0, 1.0, jnp.clip(left, 0.0, 1.0))
 
 
 def follow(momentum: Any, params: Any, decay: float) -> Any:

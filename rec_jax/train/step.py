@@ -17,7 +17,7 @@ from rec_jax.towers.dropout import fold
 from rec_jax.train import forwards
 from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.objectives import Objective, check, ramp_up, target_ids, targets
-from rec_jax.train.state import RNG, QueueSpec, TrainState, follow, push
+from rec_jax.train.state import RNG, QueueSpec, TrainState, cooled, follow, push
 from rec_jax.types import Array, Batch, Context, Outputs, RecJaxError
 
 
@@ -137,6 +137,8 @@ def make_train_step(
         grad = jax.value_and_grad(_loss, has_aux=True)
         (loss, (metrics, outputs)), grads = grad(state.params, spec, batch, constants, key, state.step, keys, state.queue, several)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if state.cooldown is not None:
+            updates = optax.tree.scale(cooled(state.step, state.cooldown), updates)
         params = optax.apply_updates(state.params, updates)
         tokens = sum(jnp.sum(s > 0) for s in (batch.item_segments, batch.user_segments) if s is not None)
         metrics |= {
@@ -146,7 +148,7 @@ def make_train_step(
             "targets": jnp.sum(batch.weights > 0),
             "tokens": jnp.asarray(tokens),
         }
-        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng, cooldown=state.cooldown)
         if spec.momentum:
             new.momentum = follow(state.momentum, params, spec.momentum)
         if spec.queue is not None:
