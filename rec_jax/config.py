@@ -169,6 +169,8 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError("config.towers.user.kind='text' encodes texts in the step: set config.towers.text.source='tokens'")
     if config.batch.kind == "texts" and config.towers.text.source != "tokens":
         raise RecJaxError("config.batch.kind='texts' trains the encoder: set config.towers.text.source='tokens'")
+    if not 0 <= config.batch.drop_events < 1:
+        raise RecJaxError(f"config.batch.drop_events={config.batch.drop_events!r}: must be at least 0 and below 1; 0 leaves none out")
     if config.batch.kind == "pairs":
         _check_pairs(config)
     if config.eval.rerank < 0:

@@ -56,6 +56,9 @@ def defaults() -> ConfigDict:
     c.batch.shards = 8  # G, a constant of the run; the number of devices must divide it
     c.batch.history_rows = 2  # H, packed history rows
     c.batch.history_length = 64  # S, places of a history row; longer histories are cut into windows
+    # Probability that an event of a window is left out, anew each epoch: neither in the history nor a target, so that items that stand a
+    # little further apart follow each other too, and histories are not learned by heart; only with kind="histories"
+    c.batch.drop_events = 0.0
     c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
     c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
     c.batch.row_tokens = 64  # T, tokens of a packed row
@@ -141,6 +144,12 @@ def defaults() -> ConfigDict:
     c.objectives.info_nce.mask_equal = True  # candidates with the target's id are no negatives
     c.objectives.info_nce.symmetric = False  # also item -> user; batch candidates only
     c.objectives.info_nce.label_smoothing = 0.0
+    # Share of the target's weight that its history's neighbours get: items that stood near its newest ones in the train histories, by
+    # co-occurrence that decays with the distance. Only with candidates="catalogue"
+    c.objectives.info_nce.neighbour_share = 0.0
+    c.objectives.info_nce.neighbours = 16  # of an item that count
+    c.objectives.info_nce.neighbour_items = 2  # newest items of a history whose neighbours count
+    c.objectives.info_nce.neighbour_decay = 0.5  # weight of the neighbours of an item against those of the next newer one
     c.objectives.info_nce.positives = 1  # that many next items of a history are positives of each place
     # The keys down to `hard` go with batch candidates, and join them
     c.objectives.info_nce.queue = 0  # item vectors kept of earlier batches as negatives: a multiple of shards x places of a shard; 0 = off

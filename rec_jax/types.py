@@ -182,6 +182,7 @@ class Context:
       scalars: learned scalars by name, e.g. ``log_temperature``; empty where nothing is learned.
       log_q: [N] float32, log sampling frequency of each catalogue item in the training targets.
       rng: the step's key for this objective.
+      neighbours: (ids [N, M], shares [N, M]) of each catalogue item's neighbours, or None.
       queue: item vectors of earlier batches {"vectors" [G, slots, Q, D], "ids" [G, slots, Q], -1 = empty}, or None.
       momentum: what the momentum encoder made of the batch, without gradient, or None.
       teacher: what the teacher made of the batch, without gradient, or None.
@@ -193,6 +194,7 @@ class Context:
     scalars: Any
     log_q: Any
     rng: Any
+    neighbours: Any = None
     queue: Any = None
     momentum: Outputs | None = None
     teacher: Outputs | None = None

@@ -34,6 +34,7 @@ VARIANTS = {
         "objectives.info_nce.matryoshka": (2, 4),
     },
     "catalogue": {"objectives.info_nce.positives": 3},
+    "neighbours": {"objectives.info_nce.neighbour_share": 0.3, "objectives.info_nce.matryoshka": (4,)},
     "sharded_catalogue": {"objectives.info_nce.shard_catalogue": True, "towers.item.ids": True},
     "pairs": {**FROZEN, "objectives.info_nce.weight": 0.0, "objectives.sigmoid.weight": 1.0, "objectives.triplet.weight": 1.0},
     "views": {

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from rec_jax.data import draft, pipeline, windows
+from rec_jax.data.augment import drop_items
 from rec_jax.types import Ragged, RecJaxError
 
 KINDS = [("history", "frozen"), ("history", "tokens"), ("text", "tokens")]
@@ -106,6 +107,29 @@ def test_order_changes_with_seed_and_epoch():
     assert epoch(a, 0) != epoch(b, 0)
     assert epoch(a, 0) != epoch(a, 1)
     assert sorted(epoch(a, 0)) == sorted(epoch(a, 1))
+
+
+def test_events_are_left_out_anew_each_epoch_and_by_the_position_alone():
+    whole, parts = make(), make(**{"batch.drop_events": 0.3})
+    kept, events = 0, 0
+    for position in range(3 * whole.examples_per_epoch):
+        (user, items), (same_user, some) = whole.example(position), parts.example(position)
+        assert user == same_user
+        rest = iter(items.tolist())
+        assert all(i in rest for i in some.tolist()), "those that stay are in their order"
+        assert len(some) >= 2
+        kept, events = kept + len(some), events + len(items)
+    assert 0.65 < kept / events < 0.8  # short windows keep two
+    by_user = collections.defaultdict(set)
+    for position in range(6 * parts.examples_per_epoch):
+        user, some = parts.example(position)
+        by_user[user].add(tuple(some.tolist()))
+    assert np.mean([len(found) for found in by_user.values()]) > 4, "other ones each epoch"
+    again = make(**{"batch.drop_events": 0.3})
+    np.testing.assert_array_equal(again.example(7)[1], parts.example(7)[1])
+    one, two = np.arange(1), np.arange(2)
+    rng = np.random.default_rng(0)
+    assert all(len(drop_items(one, rng, 0.9)) == 1 and len(drop_items(two, rng, 0.9)) == 2 for _ in range(20))
 
 
 def test_windows():

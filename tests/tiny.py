@@ -61,8 +61,11 @@ class World:
     def train_lengths(self) -> np.ndarray:
         return np.array([int((r["splits"] == 0).sum()) for r in self._records])
 
+    def train_histories(self) -> Ragged:
+        return Ragged.from_rows([r["items"][r["splits"] == 0] for r in self._records])
+
     def item_counts(self) -> np.ndarray:
-        return np.bincount(np.concatenate([r["items"][r["splits"] == 0] for r in self._records]), minlength=N_ITEMS)
+        return np.bincount(self.train_histories().flat, minlength=N_ITEMS)
 
 
 def config(**changes) -> ConfigDict:

@@ -229,6 +229,12 @@ def reorder_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> n
     return out
 
 
+def drop_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
+    """items [n] -> those that stay, in order: each goes with probability `rate`, but two always stay, a history and what follows it."""
+    kept = rng.random(len(items)) >= rate
+    return items[kept] if kept.sum() >= min(2, len(items)) else items
+
+
 # Views of a history by name; two of the same history are each other's positives.
 # Reference: Xie et al., 2022 (CL4SRec), https://arxiv.org/abs/2010.14395, section 3.3.
 HISTORY_VIEWS: dict[str, Callable[[np.ndarray, np.random.Generator, float], np.ndarray]] = {

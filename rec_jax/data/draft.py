@@ -23,6 +23,7 @@ class BatchSpec:
       negatives: K, mined negatives that each example brings; 0 = none.
       negative_items: places of M for them where nothing is encoded; see `with_negatives`.
       views: how two views of each packed history are made; None = none.
+      drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
     """
 
     shards: int
@@ -38,6 +39,7 @@ class BatchSpec:
     negatives: int = 0
     negative_items: int = 0
     views: HistoryViews | None = None
+    drop_events: float = 0.0
 
     @classmethod
     def from_config(cls, config: Any) -> BatchSpec:
@@ -55,6 +57,7 @@ class BatchSpec:
             user_kind=config.towers.user.kind,
             encode_items=config.towers.text.source == "tokens",
             views=HistoryViews.from_config(config) if config.towers.user.kind == "history" else None,
+            drop_events=b.drop_events,
         )
 
     def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:

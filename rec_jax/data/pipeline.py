@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 
+from rec_jax.data.augment import drop_items
 from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.data.windows import Order, Replay, Turns, Windows
@@ -169,6 +170,13 @@ class Batches(WindowBatches):
                     f"raise batch.max_items={s.max_items} or batch.text_rows={s.text_rows} (x {s.row_tokens} tokens), "
                     f"or lower batch.history_length={s.history_length}{fewer}"
                 )
+
+    def example(self, position: int) -> tuple[int, np.ndarray]:
+        """See `WindowBatches`; what is left out is drawn by the position alone, so that a resume draws the same."""
+        user, items = super().example(position)
+        if self.spec.drop_events:
+            items = drop_items(items, np.random.default_rng((self.seed, position)), self.spec.drop_events)
+        return user, items
 
     def draft(self) -> Draft:
         """See `WindowBatches`."""

@@ -52,12 +52,14 @@ class Constants:
       log_q: log sampling frequency of each item [N].
       teacher: {"params", "table" [N, D_teacher] or None} of the teacher.
       texts: the catalogue's packed texts {"tokens", "segments" [R, T], "places" [N]}, where all are encoded in every step.
+      neighbours: (ids [N, M], shares [N, M]) of each item's neighbours.
     """
 
     table: Any
     log_q: Any
     teacher: Any = None
     texts: Any = None
+    neighbours: Any = None
 
 
 def outputs(

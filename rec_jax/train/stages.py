@@ -16,6 +16,7 @@ from rec_jax.data import negatives
 from rec_jax.data.augment import Corruption
 from rec_jax.data.draft import BatchSpec
 from rec_jax.data.impression_batches import ImpressionBatches, ImpressionSpec
+from rec_jax.data.neighbours import nearest
 from rec_jax.data.packing import pack_texts
 from rec_jax.data.pair_batches import PairBatches, PairSpec
 from rec_jax.data.pipeline import Batches
@@ -266,11 +267,21 @@ def make_task(
         log_q=np.asarray(log_frequencies(_target_counts(config, inputs, batches))),
         teacher=inputs.teacher_arrays if spec.teacher is not None else None,
         texts=packed_catalogue(inputs.tokens, config.batch.row_tokens, devices) if every else None,
+        neighbours=_neighbours(spec, inputs.prepared),
     )
     rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
     params = make_params(config, spec, inputs)
     continues = (inputs.last is not None or inputs.start is not None) and spec.kind == "users"
     return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, continues)
+
+
+def _neighbours(spec: StepSpec, prepared: Prepared) -> tuple[np.ndarray, np.ndarray] | None:
+    """Neighbours of all items, as many as the objectives want."""
+    count = max(o.neighbours for o in spec.objectives)
+    if not count:
+        return None
+    found = nearest(prepared.train_histories(), prepared.n_items, count=count)
+    return found.ids, found.weights
 
 
 def _target_counts(config: Any, inputs: Inputs, batches: Any) -> np.ndarray:

@@ -109,6 +109,7 @@ def _loss(
             scalars=params.get("scalars", {}),
             log_q=constants.log_q,
             rng=fold(draw, objective.name),
+            neighbours=constants.neighbours,
             queue=queue,
             momentum=momentum,
             teacher=taught,

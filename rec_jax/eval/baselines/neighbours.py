@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse
 
+from rec_jax.data.neighbours import co_occurrence
 from rec_jax.eval.baselines.histories import CHUNK, Scorer, checked, dense, matrix
 from rec_jax.types import Ragged
 
@@ -69,10 +70,7 @@ def sequence_knn(
     Reference: Linden et al. 2003, Amazon.com recommendations; Ludewig and Jannach 2018, Evaluation of session-based recommendation
     algorithms, section 3.2 (decayed sequence neighbours).
     """
-    together = _co_occurrence(checked(train, n_items), n_items, window, decay)
-    together = (together + backward * together.T).tocsr()
-    together.setdiag(0)
-    together.eliminate_zeros()
+    together = co_occurrence(checked(train, n_items), n_items, window=window, decay=decay, backward=backward)
     counts = np.maximum(np.bincount(train.flat, minlength=n_items), 1).astype(np.float64)
     together = scipy.sparse.diags(counts**-source_power) @ together @ scipy.sparse.diags(counts**-target_power)
     together = together.tocsr().astype(np.float32)
@@ -85,14 +83,3 @@ def sequence_knn(
         return dense(rows @ together)
 
     return score
-
-
-def _co_occurrence(train: Ragged, n_items: int, window: int, decay: float) -> scipy.sparse.csr_matrix:
-    row = np.repeat(np.arange(len(train)), train.lengths())
-    total = scipy.sparse.csr_matrix((n_items, n_items), dtype=np.float64)
-    for distance in range(1, min(window, int(train.lengths().max(initial=0)) - 1) + 1):
-        same = row[distance:] == row[:-distance]
-        first, second = train.flat[:-distance][same], train.flat[distance:][same]
-        weight = np.full(len(first), decay ** (distance - 1))
-        total = total + scipy.sparse.coo_matrix((weight, (first, second)), shape=total.shape).tocsr()
-    return total

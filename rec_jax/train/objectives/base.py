@@ -30,6 +30,7 @@ class Objective:
       momentum: decay of the momentum encoder that makes its keys; 0 = none.
       ramp: steps over which its weight rises from 0; 0 = none.
       positives: next items of the history that are positives of a query.
+      neighbours: M, neighbours of each catalogue item that are targets too; 0 = none.
       matryoshka: prefix widths that are trained too.
       masked, denoised: what the heads of pre-training make of masked and of damaged texts; batches of texts have these.
       scores: the task head's logits of queries and targets, and of the drawn items.
@@ -50,6 +51,7 @@ class Objective:
     momentum: float = 0.0
     ramp: int = 0
     positives: int = 1
+    neighbours: int = 0
     matryoshka: tuple[int, ...] = ()
     masked: bool = False
     denoised: bool = False

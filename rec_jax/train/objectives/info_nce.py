@@ -39,6 +39,10 @@ class InfoNCESpec:
     positive_prior: float = 0.0
     matryoshka: tuple[int, ...] = ()
     shard_catalogue: bool = False
+    neighbour_share: float = 0.0
+    neighbours: int = 16
+    neighbour_items: int = 2
+    neighbour_decay: float = 0.5
 
     def __post_init__(self) -> None:
         place = "info_nce"
@@ -50,6 +54,10 @@ class InfoNCESpec:
         base.check_range(f"{place}.positives", self.positives, least=1)
         base.check_range(f"{place}.queue", self.queue, least=0)
         base.check_range(f"{place}.uniform", self.uniform, least=0)
+        base.check_range(f"{place}.neighbour_share", self.neighbour_share, least=0, below=1)
+        base.check_range(f"{place}.neighbours", self.neighbours, least=1)
+        base.check_range(f"{place}.neighbour_items", self.neighbour_items, least=1)
+        base.check_range(f"{place}.neighbour_decay", self.neighbour_decay, above=0)
         place = f"config.objectives.{place}"
         if self.learn_temperature and not self.min_temperature <= self.temperature <= self.max_temperature:
             raise RecJaxError(
@@ -69,8 +77,20 @@ class InfoNCESpec:
             raise RecJaxError(f"{place}.shard_catalogue=True needs candidates='catalogue'; candidates is {self.candidates!r}")
         if self.positives > 1 and self.symmetric:
             raise RecJaxError(f"{place}.symmetric=True needs positives=1: an item seeks one query of its own; positives={self.positives}")
+        if self.neighbour_share:
+            self._check_neighbours(f"{place}.neighbour_share={self.neighbour_share}")
         if self.label_smoothing and (self.positives > 1 or self.form != "standard"):
             raise RecJaxError(f"{place}.label_smoothing={self.label_smoothing} goes with positives=1 and form='standard' only")
+
+    def _check_neighbours(self, key: str) -> None:
+        if self.candidates != "catalogue" or self.shard_catalogue:
+            raise RecJaxError(f"{key} makes items of the whole catalogue targets: set candidates='catalogue', without shard_catalogue")
+        if self.positives > 1 or self.form != "standard":
+            raise RecJaxError(f"{key} goes with positives=1 and form='standard' only")
+        if self.label_smoothing + self.neighbour_share >= 1:
+            raise RecJaxError(
+                f"{key} and label_smoothing={self.label_smoothing} leave the target itself no weight: their sum must be below 1"
+            )
 
 
 def temperature(scalars: Mapping[str, jax.Array], spec: InfoNCESpec) -> jax.Array | float:
@@ -117,6 +137,8 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
         problems = [_cut(problem, width, context.normalize) for problem in make(outputs, batch, context, spec)]
         parts = [weighted_info_nce(**p, temperature=tau, weights=weights, mesh=mesh, axis=axes) for p in problems]
         losses.append(sum(parts[1:], parts[0]) / len(parts))
+        if spec.neighbour_share:
+            losses[-1] += spec.neighbour_share * _to_neighbours(problems[0], batch, context, spec, weights) / tau
     loss = sum(losses[1:], losses[0]) / len(losses)
     return loss, {"info_nce": loss, "temperature": jnp.asarray(tau)}
 
@@ -135,6 +157,34 @@ def _catalogue(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESp
         options["item_mask"] = jnp.arange(len(items) + left) < len(items)
         items = jnp.pad(items, ((0, left), (0, 0)))
     return [{"query": base.flat(outputs.user), "item": items, **_forms(spec), **options}]
+
+
+def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec: InfoNCESpec, weights: jax.Array) -> jax.Array:
+    """What moves the target's weight to the history's neighbours: weighted sum of (target - mean of the neighbours) @ query, over places.
+
+    With s the logits and w the shares, (1 - a) CE(target) + a sum_j w_j CE(j) = CE(target) + a (s_target - sum_j w_j s_j). A place's
+    neighbours are those of the newest items of its history, the share of each item `neighbour_decay` times that of the newer one. Where
+    none has any, the target keeps its weight.
+    """
+    ids, shares = context.neighbours
+    length = batch.history_segments.shape[-1]
+    segments = jnp.asarray(batch.history_segments)
+    here = jnp.maximum(base.lookup(batch.item_ids, batch.history), 0)
+    neighbours, parts = [], []
+    for age in range(spec.neighbour_items):
+        older = lambda x, age=age: jnp.pad(x, ((0, 0), (0, 0), (age, 0)))[:, :, :length]
+        item = base.flat(older(here).reshape(len(here), -1))
+        same = (older(segments) == segments) & (segments > 0)
+        neighbours.append(ids[item])
+        parts.append(shares[item] * (same.reshape(-1, 1) * spec.neighbour_decay**age))
+    share = jnp.concatenate(parts, axis=1)
+    total = share.sum(1)
+    vectors = jnp.take(problem["item"], jnp.concatenate(neighbours, axis=1), axis=0)
+    mean = jnp.einsum("qm,qmd->qd", share / jnp.maximum(total, 1e-6)[:, None], vectors)
+    target = jnp.take(problem["item"], problem["target"], axis=0)
+    # Queries without a target hold anything at all.
+    query = jnp.where(weights[:, None] > 0, problem["query"], 0)
+    return jnp.sum(jnp.where(total > 0, weights, 0) * jnp.sum(query * (target - mean), axis=1))
 
 
 def _batch(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> list[dict[str, Any]]:
@@ -238,5 +288,6 @@ def make(weight: float, keys: dict[str, Any]) -> base.Objective:
         queue=spec.queue,
         momentum=spec.momentum,
         positives=spec.positives,
+        neighbours=spec.neighbours if spec.neighbour_share else 0,
         matryoshka=spec.matryoshka,
     )
