@@ -20,6 +20,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from rec_jax.config_features import check_features, check_stage
 from rec_jax.defaults import defaults
 from rec_jax.types import RecJaxError
 
@@ -112,6 +113,8 @@ CHOICES = {
     "towers.text.dtype": ("float32", "bfloat16"),
     "towers.text.remat": ("none", "full", "dots"),
     "towers.item.head": ("linear", "mlp"),
+    "towers.item.fusion": ("sum", "concat", "gate"),
+    "towers.item.features.numeric": ("buckets", "periodic"),
     "towers.text.catalogue": ("start", "step"),
     "towers.user.kind": ("history", "text", "id"),
     "towers.task.kind": ("dot", "mlp", "dcn"),
@@ -126,8 +129,9 @@ CHOICES = {
 POSITIVE = (
     "batch.shards", "batch.history_rows", "batch.history_length", "batch.max_items", "batch.text_rows", "batch.row_tokens",
     "batch.impressions", "batch.pair_negatives", "batch.user_history",
-    "towers.dim", "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.cooldown", "optimizer.accumulate",
-    "eval.users_per_block", "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
+    "towers.dim", "towers.item.features.buckets", "towers.item.features.frequencies", "towers.item.features.sigma",
+    "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.cooldown", "optimizer.accumulate", "eval.users_per_block",
+    "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
 )  # fmt: skip
 
 
@@ -190,8 +194,10 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError(f"config.start.replay={start.replay!r}: must be between 0 (only new data) and 1 (all data as it comes)")
     if not start.path and (start.stage or start.replay != 1):
         raise RecJaxError("config.start.stage and config.start.replay belong to a trained workdir: set config.start.path")
+    check_features(config)
     for name in config.stages:
-        for_stage(config, name)  # checks it now, not after hours of the stages before
+        stage = for_stage(config, name)  # checks it now, not after hours of the stages before
+        check_stage(config, name, stage)
 
 
 def _check_pairs(config: ConfigDict) -> None:

@@ -31,6 +31,15 @@ def defaults() -> ConfigDict:
     c.data.on_bad.duplicate_event = "skip"  # the same user and item again; skip keeps the first in time; "keep" keeps all
     c.data.on_bad.unknown_item = "error"  # an event whose item is not in the items table
     c.data.on_bad.short_user = "skip"  # a user with fewer events than filter.min_user_events: skip leaves the user out
+    c.data.on_bad.missing_feature = "skip"  # an item without a value of data.features, or without a given vector: skip counts it as none
+    c.data.on_bad.bad_feature = "error"  # a cell of a numeric feature that is no number: skip counts it as none
+    c.data.features = ConfigDict()  # what the item tower reads beside text and IDs: columns of the items table, and given vectors
+    c.data.features.categorical = ()  # columns with one value a cell
+    c.data.features.multi_hot = ()  # columns with several values a cell
+    c.data.features.separator = ","  # between the values of such a cell, spaces aside; readers join the values of a list by ", "
+    c.data.features.numeric = ()  # columns with a number a cell
+    # Files of vectors by item id (of images, audio, ...), PATH or NAME=PATH each: .npz or .safetensors with `ids` and `vectors`, .parquet
+    c.data.features.vectors = ()
     c.data.filter = ConfigDict()
     c.data.filter.min_rating = 0.0  # an event is a positive if its rating is at least this; others are dropped and counted
     c.data.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off
@@ -99,6 +108,20 @@ def defaults() -> ConfigDict:
     # Length, at the start, of what a whitened head makes of texts; 0 = sqrt(dim). The longer, the later items' own vectors count beside it
     c.towers.item.text_length = 0.0
     c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
+    c.towers.item.features = ConfigDict()  # parameters of data.features; they begin so that an item is what its text says
+    c.towers.item.features.dim = 0  # width of a feature's own vector, with fusion="concat"; 0 = towers.dim
+    # buckets: a trained vector for each of `buckets` ranges that hold as many items | periodic: sines and cosines of `frequencies` learned
+    # frequencies, drawn with the standard deviation `sigma`, of the number in standard deviations
+    c.towers.item.features.numeric = "buckets"
+    c.towers.item.features.buckets = 16
+    c.towers.item.features.frequencies = 8
+    c.towers.item.features.sigma = 1.0
+    # What the features do with the vector of text and ID: they are added | a linear layer takes all, one behind the other | each is added
+    # as far as a gate, which sees that vector, lets it through
+    c.towers.item.fusion = "sum"  # sum | concat | gate
+    c.towers.item.modality_dropout = (
+        0.0  # probability that a step does not know a feature of an item, for each; nothing is scaled up for it
+    )
     c.towers.user = ConfigDict()
     # history: causal transformer over item vectors | text: the history written out as text | id: a trained vector of each user
     c.towers.user.kind = "history"

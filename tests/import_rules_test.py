@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Room (the first name below rec_jax) -> the other rooms that it may import. Every room is listed; a `__main__.py` may import any.
-BASE = {"types", "config", "mesh", "processes"}
+BASE = {"types", "config", "config_features", "mesh", "processes"}
 ROOMS = {
     "__init__": set(),
     "types": set(),
     "cli": {"types"},
     "defaults": set(),
     "recipes": set(),
-    "config": {"types", "defaults"},
+    "config_features": {"types", "defaults"},
+    "config": {"types", "defaults", "config_features"},
     "processes": {"types"},
     "mesh": {"types", "config", "processes"},
     "checkpoint": {"types", "config", "mesh"},

@@ -51,6 +51,7 @@ def describe(config: Any, prepared: Prepared) -> list[Section]:
         _texts(config, prepared),
         *_ratings(prepared),
         *_impressions(prepared),
+        *_features(prepared),
         Section("Bad input", lines=bad_input(prepared) or ["none: nothing was left out"]),
         *_samples(prepared),
         Section("Stored in", lines=[str(prepared.folder)]),
@@ -172,6 +173,15 @@ def _impressions(prepared: Prepared) -> list[Section]:
     if meta["propensity"]:
         lines.append("propensities from {:.3g} to {:.3g}".format(*meta["propensity"]))
     return [Section(f"Impressions ({prepared.meta['settings']['impressions']['split']})", rows, lines)]
+
+
+def _features(prepared: Prepared) -> list[Section]:
+    """What items have beside text: values or widths, and how many lack it."""
+    rows = [["feature", "kind", "values or width", "items without"]]
+    for kind, features in prepared.meta.get("features", {}).items():
+        for name, counts in features.items():
+            rows.append([name, kind, f"{counts.get('values', counts.get('width')):,}", f"{counts['missing']:,}"])
+    return [Section("Features of items", rows)] if len(rows) > 1 else []
 
 
 def bad_input(prepared: Prepared) -> list[str]:

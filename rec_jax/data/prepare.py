@@ -8,6 +8,7 @@ A prepared folder, `<cache>/<name>-<fingerprint>/`:
     impressions/   labelled impressions, where config.data.impressions.split asks for them (`impressions.py`)
     items.parquet  in index order, with the rendered `text`
     users.parquet  in index order
+    features.parquet, vectors/   of items, where config.data.features names some (`features.py`)
     meta.json      counts, settings, bad input; a folder without it does not count
 """
 
@@ -28,7 +29,9 @@ import polars as pl
 from etils import epath
 
 from rec_jax.config import cache_dir
-from rec_jax.data import folders, readers, records, text
+from rec_jax.config_features import has_features
+from rec_jax.data import features as features_lib
+from rec_jax.data import folders, readers, records, text, vectors
 from rec_jax.data import impressions as impressions_lib
 from rec_jax.data.impressions import Impressions
 from rec_jax.data.tables import TEXT_COLUMNS, Coded, Report, Tables, code
@@ -41,9 +44,11 @@ SPLITS = {"train": 0, "valid": 1, "test": 2}
 # Settings of config.data that change nothing in the folder; files count by name and content.
 NO_PART = ("cache", "path", "items", "negatives", "corpus")
 NO_PART_TEXT = ("max_tokens", "tokenizer")
+NO_PART_FEATURES = ("missing_feature", "bad_feature")  # of config.data.on_bad, where no feature is named
 NO_PART_EMPTY = ("context", "labels", "propensity")  # of config.data.columns
 _found: set[str] = set()  # folders that were said to be there: once each
 WAIT_SECONDS = 2 * 3600.0  # that other processes wait for the one that prepares
+ROW = "row of the items table"  # a column, until the catalogue is coded
 MAX_RATING_VALUES = 20  # more distinct ratings than that are counted in as many bins
 
 
@@ -221,7 +226,8 @@ def _counted(mask: np.ndarray) -> np.ndarray:
 
 def _identify(config: Any) -> tuple[epath.Path, str, list[dict[str, Any]]]:
     """Config -> (prepared folder, fingerprint, input files)."""
-    inputs = [_input(path) for path in readers.inputs(config.data)]
+    given = [file.path for file in vectors.sources(config.data.features.vectors).values()]
+    inputs = [_input(path) for path in (*readers.inputs(config.data), *given)]
     settings = _settings(config)
     whole = {"format": FORMAT, "inputs": inputs, "settings": settings}
     fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -238,6 +244,12 @@ def _settings(config: Any) -> dict[str, Any]:
         settings["text"].pop(key)
     # What was prepared before there were these settings stays what it is.
     settings["columns"] = {role: name for role, name in settings["columns"].items() if name or role not in NO_PART_EMPTY}
+    if has_features(config):
+        settings["features"]["vectors"] = sorted(vectors.sources(config.data.features.vectors))
+    else:
+        settings.pop("features")
+        for key in NO_PART_FEATURES:
+            settings["on_bad"].pop(key)
     if not settings["impressions"]["split"]:
         settings.pop("impressions")
     if settings["split"]["kind"] == "cold_item" or "impressions" in settings:
@@ -272,7 +284,10 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
     tables = readers.read(config.data)
     report, clock = tables.report, tables.clock
     template = config.data.text.template or text.default_template(tables.items.columns)
+    named, item_place = features_lib.columns_of(tables.items, config.data), tables.item_place
     items, users, events = code(_with_texts(tables, template), config.data, config.seed)
+    rows = items[ROW].to_list()
+    items = items.drop(ROW)
     del tables
     # An item that `empty_text` keeps without a text goes by its name.
     items = items.with_columns(text=pl.when(pl.col("text") == "").then("name").otherwise("text"))
@@ -292,15 +307,19 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
     if events.impressions is not None:
         _say(f"writing {len(events.impressions[0]):,} impressions")
         shown = {"impressions": impressions_lib.write(*events.impressions, out)}
-    return {"template": template, **_counts(events, report, clock), **shown}
+    features = {}
+    if has_features(config):
+        place = lambda item: item_place(rows[item])
+        features = {"features": features_lib.write(named[rows], items["item"].to_list(), config.data, report, out, place)}
+    return {"template": template, **_counts(events, report, clock), **shown, **features}
 
 
 def _with_texts(tables: Tables, template: str) -> Tables:
-    """Adds the rendered `text` to the items. An item whose template is empty counts as one without text, whatever else it has."""
+    """Adds the rendered `text` and the row to the items. One whose template is empty counts as one without text, whatever else it has."""
     rendered = pl.Series(text.render(tables.items, template), dtype=pl.String)
     columns = [c for c in TEXT_COLUMNS if c in tables.items.columns]
     blanked = [pl.when(rendered == "").then(pl.lit("")).otherwise(c).alias(c) for c in columns]
-    return dataclasses.replace(tables, items=tables.items.with_columns(*blanked, text=rendered))
+    return dataclasses.replace(tables, items=tables.items.with_columns(*blanked, text=rendered).with_row_index(ROW))
 
 
 def _counts(events: Coded, report: Report, clock: bool) -> dict[str, Any]:

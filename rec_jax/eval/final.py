@@ -82,10 +82,11 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
         table = trained.model.table
         if table is None:
             table = text_vectors(trained.model.tokens, trained.params["text"], trained.model.spec.text, config.batch.row_tokens)
-        found = labelled.Labelled(trained.model.spec, prepared).measure(trained.params, table, split)
+        found = labelled.Labelled(trained.model.spec, prepared, trained.model.features).measure(trained.params, table, split)
         if logged.asked(config, prepared, split):
             policy = config.objectives.policy
-            values = logged.Logged(trained.model.spec, prepared, temperature=policy.temperature, cap=policy.cap)
+            features = trained.model.features
+            values = logged.Logged(trained.model.spec, prepared, temperature=policy.temperature, cap=policy.cap, features=features)
             found |= values.measure(trained.params, table, split, say)
         if stage:
             report.write_json(folder / "eval" / f"{split}.json", found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,20 +29,21 @@ class Labelled:
     Args:
       spec: of the towers.
       prepared: the data.
+      features: of the catalogue's items, where the towers read some.
     """
 
-    def __init__(self, spec: two_tower.TwoTowerSpec, prepared: Prepared):
-        self._prepared = prepared
+    def __init__(self, spec: two_tower.TwoTowerSpec, prepared: Prepared, features: Any = None):
+        self._prepared, self._features = prepared, features
         plain = two_tower.with_encoder(spec, False)
         self._scores = jax.jit(
-            lambda params, batch, table: (
-                batches.encode_batch(params, plain, batch, table=table, catalogue=False, keys=None, scores=True).scores
+            lambda params, batch, table, features: (
+                batches.encode_batch(params, plain, batch, table=table, features=features, catalogue=False, keys=None, scores=True).scores
             )
         )
 
     def logits(self, params: Params, table: np.ndarray, impressions: Impressions) -> np.ndarray:
         """Impressions [E], text vectors of the catalogue [N, D_text] -> logits [E, L]."""
-        made = [np.asarray(self._scores(params, block, table))[0] for block in blocks(impressions, BLOCK)]
+        made = [np.asarray(self._scores(params, block, table, self._features))[0] for block in blocks(impressions, BLOCK)]
         return np.concatenate(made)[: len(impressions)]
 
     def measure(self, params: Params, table: np.ndarray, split: str) -> dict[str, float]:

@@ -66,15 +66,16 @@ class Logged:
       prepared: the data.
       temperature: of the softmax (config.objectives.policy.temperature).
       cap: of the weights of the clipped estimate; 0 = leave it out.
+      features: of the catalogue's items, where the towers read some.
     """
 
-    def __init__(self, spec: two_tower.TwoTowerSpec, prepared: Prepared, *, temperature: float, cap: float = 0.0):
-        self._prepared, self._cap = prepared, cap
+    def __init__(self, spec: two_tower.TwoTowerSpec, prepared: Prepared, *, temperature: float, cap: float = 0.0, features: Any = None):
+        self._prepared, self._cap, self._features = prepared, cap, features
         self.allowed = allowed_items(prepared)
         plain = two_tower.with_encoder(spec, False)
 
-        def logits(params: Params, batch: Any, table: Array) -> jax.Array:
-            made = batches.encode_batch(params, plain, batch, table=table, catalogue=True, keys=None)
+        def logits(params: Params, batch: Any, table: Array, features: Any) -> jax.Array:
+            made = batches.encode_batch(params, plain, batch, table=table, features=features, catalogue=True, keys=None)
             return jnp.einsum("gqd,nd->gqn", made.user, made.catalogue) / temperature
 
         self._logits = jax.jit(logits)
@@ -84,7 +85,7 @@ class Logged:
 
         Rows sum to 1; items that the train part never showed have 0.
         """
-        made = [np.asarray(self._logits(params, block, table), np.float64)[0] for block in blocks(impressions, BLOCK)]
+        made = [np.asarray(self._logits(params, block, table, self._features), np.float64)[0] for block in blocks(impressions, BLOCK)]
         logits = np.concatenate(made)[: len(impressions)]
         return scipy.special.softmax(np.where(self.allowed, logits, -np.inf), axis=1)
 

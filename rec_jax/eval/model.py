@@ -13,8 +13,10 @@ from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import processes, towers
-from rec_jax.data import draft, packing, vocabulary
+from rec_jax.config_features import has_features
+from rec_jax.data import draft, feature_codes, packing, vocabulary
 from rec_jax.data.augment import HistoryViews
+from rec_jax.data.feature_codes import Coding
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
 from rec_jax.eval.baselines import Scorer
@@ -35,6 +37,7 @@ class Model:
       tokens: of each catalogue item.
       spec: of the towers.
       table: text vectors of the catalogue [N, D_text]; None where nothing needs them.
+      features: of the catalogue's items, kind -> name -> [N, ...]; None where the towers read none.
       shared: every process of the run calls `item_vectors`, `user_vectors`, `rank` and `validate` at the same places; each encodes its
         part, on its first device, and all get the whole.
     """
@@ -47,12 +50,13 @@ class Model:
         spec: two_tower.TwoTowerSpec,
         table: np.ndarray | None,
         *,
+        features: feature_codes.Arrays | None = None,
         shared: bool = False,
     ):
-        self.shared = shared
+        self.shared, self.features = shared, features
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
-        self._items = jax.jit(lambda p, t: two_tower.item_vectors(p, spec, t))
+        self._items = jax.jit(lambda p, t, f: two_tower.item_vectors(p, spec, t, f))
         self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
         self._products = jax.jit(lambda users, items: users @ items.T)
         head = spec.task
@@ -74,7 +78,7 @@ class Model:
         params, table = two_tower.merged(params, self.spec), self.table
         if self.spec.encode and (step != 0 or table is None):
             table = text_vectors(self.tokens, params["text"], self.spec.text, self.config.batch.row_tokens, shared=self.shared)
-        return np.asarray(self._items(params, table))
+        return np.asarray(self._items(params, table, self.features))
 
     def user_vectors(self, params: Params, items: np.ndarray, histories: Ragged) -> np.ndarray:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count."""
@@ -176,8 +180,8 @@ def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.nd
     return out
 
 
-def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:
-    """The towers that a stage's config describes, on this data and with this encoder."""
+def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec, coding: Coding | None = None) -> two_tower.TwoTowerSpec:
+    """The towers that a stage's config describes, on this data and with this encoder; `coding` is of items' features, if they have any."""
     tasks = int(config.objectives.task.weight > 0 or config.eval.rank_by == "task")
     context: tuple[int, ...] = ()
     views = HistoryViews.from_config(config)
@@ -193,6 +197,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec) -> two_tow
         tasks=tasks,
         context=context,
         mask=views is not None and views.hides,
+        features=None if coding is None else coding.sizes(),
     )
 
 
@@ -203,17 +208,19 @@ def make_model(
     bert: Encoder,
     say: Say,
     *,
+    coding: Coding | None = None,
     candidates: bool = False,
     shared: bool = False,
 ) -> Model:
-    """The model that a stage's config describes; see `Model` for `shared`.
+    """The model that a stage's config describes; `coding` is as for `towers_of`, and see `Model` for `shared`.
 
     It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
     `candidates` while it is trained: then histories are encoded in the step, and the candidates are those of the stage's start.
     """
-    spec = towers_of(config, prepared, bert[1])
+    spec = towers_of(config, prepared, bert[1], coding)
     table = text_table(config, tokens, bert[0], spec.text, say, shared=shared) if candidates or not spec.encode else None
-    return Model(config, prepared, tokens, spec, table, shared=shared)
+    features = None if coding is None else coding.arrays(prepared)
+    return Model(config, prepared, tokens, spec, table, features=features, shared=shared)
 
 
 def item_vectors(folder: epath.PathLike, step: int, model: Model, params: Params) -> np.ndarray:
@@ -262,7 +269,8 @@ def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print)
     params, step = best_params(folder)
     prepared = prepare(config)
     encoder = encoder_of(whole, epath.Path(workdir), name, prepared)
-    model = make_model(config, prepared, vocabulary.catalogue_tokens(config, prepared), encoder, say)
+    coding = feature_codes.kept(workdir) if has_features(config) else None
+    model = make_model(config, prepared, vocabulary.catalogue_tokens(config, prepared), encoder, say, coding=coding)
     params = two_tower.merged(params, model.spec)
     items = item_vectors(folder, step, model, params)
     return Trained(model, params, step, items)

@@ -22,7 +22,7 @@ from rec_jax.types import Params, Ragged, RecJaxError
 def teacher_of(
     config: Any, workdir: epath.Path, before: str | None, tokens: Ragged, say: Say
 ) -> tuple[two_tower.TwoTowerSpec, dict[str, Any]]:
-    """The teacher that `config.teacher` names -> (its towers, {"params", "table" [N, D_text]}).
+    """The teacher that `config.teacher` names -> (its towers, {"params", "table" [N, D_text], "features"}).
 
     Args:
       config: of the student's stage.
@@ -34,22 +34,22 @@ def teacher_of(
     Raises:
       RecJaxError: no teacher, or one of another catalogue.
     """
-    path, params = config.teacher.path, dict[str, Any]()
+    path, params, features = config.teacher.path, dict[str, Any](), None
     if path and _is_encoder(path):
         text_params, bert = towers.load_hf(path)
         spec = towers_of_encoder(config, bert)
     else:
         stage = config.teacher.stage or (None if path else before)
-        spec, params, text_params = _trained(epath.Path(path or workdir), stage, path, tokens, say)
+        spec, params, text_params, features = _trained(epath.Path(path or workdir), stage, path, tokens, say)
     spec = dataclasses.replace(two_tower.with_encoder(spec, config.teacher.source == "online"), task=None)
     table = text_table(config, tokens, text_params, spec.text, say, shared=True)
-    return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table}
+    return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table, "features": features}
 
 
 def _trained(
     workdir: epath.Path, stage: str | None, path: str, tokens: Ragged, say: Say
-) -> tuple[two_tower.TwoTowerSpec, dict[str, Any], Params]:
-    """A stage of a workdir -> its towers, their parameters without encoder and task head, and the encoder's."""
+) -> tuple[two_tower.TwoTowerSpec, dict[str, Any], Params, Any]:
+    """A stage of a workdir -> its towers, their parameters without encoder and task head, the encoder's, and its items' features."""
     if not path and stage is None:
         raise RecJaxError("a teacher is asked for, but no stage comes before: set config.teacher.path to a workdir or a model's folder")
     trained, whole = load(workdir, stage, say=say), read_config(workdir)
@@ -60,7 +60,8 @@ def _trained(
     if text_params is None:
         name = stage or (whole.stages[-1] if whole.stages else None)
         text_params = encoder_of(whole, workdir, name, trained.model.prepared)[0]
-    return trained.model.spec, {k: v for k, v in trained.params.items() if k not in ("task", "text")}, text_params
+    others = {k: v for k, v in trained.params.items() if k not in ("task", "text")}
+    return trained.model.spec, others, text_params, trained.model.features
 
 
 def mark_of(config: Any) -> str:

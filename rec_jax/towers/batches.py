@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rec_jax.mesh import BATCH_AXES, over_batch
+from rec_jax.towers import features as features_lib
 from rec_jax.towers import history, interactions, pretraining
 from rec_jax.towers.bert import encode, encode_layers, unit_length
 from rec_jax.towers.pool import pool_segments
@@ -39,6 +40,7 @@ def encode_batch(
     batch: Batch,
     *,
     table: Array | None,
+    features: features_lib.Rows | None = None,
     catalogue: bool,
     keys: Mapping[str, jax.Array] | None,
     views: bool = False,
@@ -57,10 +59,11 @@ def encode_batch(
       spec: kinds and sizes.
       batch: see `types.Batch`.
       table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`.
+      features: of the catalogue's items, kind -> name -> [N, ...]; needed where `spec.features` says that the towers read some.
       catalogue: also the vectors of all items, by the table, or by `texts` where they are given.
       keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, "view" (item rows
-        again) with `views`, "history_view" (twice the user rows) with `history_views`; one key [] for all shards, "ids", where items' own
-        vectors are dropped; None = no dropout.
+        again) with `views`, "history_view" (twice the user rows) with `history_views`; keys [] for all shards, "ids" and "features", where
+        items' own vectors or their features are dropped; None = no dropout.
       views: also the batch's items by their texts alone, twice, each time with dropout of its own.
       history_views: also the user vectors of the batch's views of histories.
       drawn_ids: [U] int32, catalogue items whose vectors are also wanted, by the table.
@@ -85,6 +88,8 @@ def encode_batch(
     params = merged(params, spec)
     if keys is not None and spec.id_dropout:
         params = without_some_ids(params, spec, keys["ids"])
+    if keys is not None and spec.features is not None and spec.features.dropout and features is not None:
+        features = features_lib.without_some(keys["features"], spec.features, features)
 
     def text_of_items(stream: str) -> jax.Array:
         pooled = _packed(params, spec, batch.item_tokens, batch.item_segments, _key(keys, stream), chunk_rows, mesh)
@@ -93,7 +98,7 @@ def encode_batch(
     text = text_of_items("text") if spec.encode else jnp.take(jnp.asarray(table), jnp.maximum(batch.item_ids, 0), axis=0)
     if spec.user == "none":
         return Outputs(text=text)
-    item = over_batch(some_items(params, spec, text, batch.item_ids))
+    item = over_batch(some_items(params, spec, text, batch.item_ids, features))
     out = Outputs(user=_users(params, spec, batch, item, keys, chunk_rows, mesh), item=item, text=text, drawn_ids=drawn_ids)
     if views:
         out.views = text_item_vectors(params, spec, jnp.stack([text, text_of_items("view")]))
@@ -102,9 +107,9 @@ def encode_batch(
     if catalogue:
         everything = table if texts is None else _all_texts(params, spec, texts)
         assert everything is not None
-        out.catalogue = item_vectors(params, spec, everything)
+        out.catalogue = item_vectors(params, spec, everything, features)
     if drawn_ids is not None:
-        out.drawn = some_items(params, spec, jnp.take(jnp.asarray(table), drawn_ids, axis=0), drawn_ids)
+        out.drawn = some_items(params, spec, jnp.take(jnp.asarray(table), drawn_ids, axis=0), drawn_ids, features)
     if layers:
         out.hidden, out.attention = _layers(params, spec, batch, _key(keys, "text"))
     if scores:

@@ -1,19 +1,20 @@
 """The item tower and the user tower: their parameters, and vectors of items and users. `batches` sends batches through them.
 
-Item tower: text -> FlaxBert -> pooled -> head (IDs and features join at the head's input). User tower: `history`, a causal
+Item tower: text -> FlaxBert -> pooled -> head, whose vector IDs and features join (`features`). User tower: `history`, a causal
 transformer over item vectors, `text`, the history written out and encoded by the same FlaxBert and head, or `id`, a vector of each user.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rec_jax.towers import features as features_lib
 from rec_jax.towers import heads, history, interactions, lora
 from rec_jax.towers.bert import BertSpec, unit_length
 from rec_jax.towers.bert import encode as encode_text
@@ -37,7 +38,8 @@ class TwoTowerSpec:
       texts_per_row: K of packed rows.
       head, hidden: kind and inner width of the item head.
       n_ids: N where each catalogue item also has a vector of its own, added to the head's; 0 = text only.
-      id_dropout: probability that a training step knows an item by its text alone.
+      id_dropout: probability that a training step does not know an item's own vector.
+      features: what items have beside text and ID, or None.
       text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
       user: "history", "text", "id", or "none": an encoder alone.
       history: the history tower, None for "text" and "id".
@@ -63,6 +65,7 @@ class TwoTowerSpec:
     lora_rank: int = 0
     lora_alpha: float = 1.0
     lora_pattern: str = ""
+    features: features_lib.FeatureSpec | None = None
 
 
 def make_spec(
@@ -75,6 +78,7 @@ def make_spec(
     tasks: int = 0,
     context: tuple[int, ...] = (),
     mask: bool = False,
+    features: Mapping[str, Mapping[str, int]] | None = None,
 ) -> TwoTowerSpec:
     """The spec that `config.towers` states.
 
@@ -86,6 +90,7 @@ def make_spec(
       tasks: L of the task head; 0 = none.
       context: categories of each context field that the head reads.
       mask: the history tower has a learned vector for hidden items.
+      features: of items: kind -> name -> size, see `features.FeatureSpec`.
 
     Raises:
       RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length.
@@ -133,11 +138,12 @@ def make_spec(
         lora_rank=t.lora.rank,
         lora_alpha=t.lora.alpha,
         lora_pattern=t.lora.pattern,
+        features=None if features is None else features_lib.make_spec(towers.item, features, towers.dim),
     )
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
-    """Fresh parameters {"item", "ids"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
+    """Fresh parameters {"item", "ids"?, "features"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
 
     ID vectors of items start at zero: an item begins as what its text says. Their table has N rows filled up to a multiple of ID_ROWS, that
     of users has U so; nothing reads the rows behind.
@@ -154,6 +160,8 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
     params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)}
     if spec.n_ids:
         params["ids"] = {"embedding": jnp.zeros((_id_rows(spec.n_ids), spec.dim))}
+    if spec.features is not None:
+        params["features"] = features_lib.init(fold(key, "features"), spec.features, spec.dim)
     if spec.user == "id":
         draw = jax.random.normal(fold(key, "users"), (_id_rows(spec.n_users), spec.dim))
         params["users"] = {"embedding": draw * spec.dim**-0.5}
@@ -186,22 +194,51 @@ def with_encoder(spec: TwoTowerSpec, encode: bool) -> TwoTowerSpec:
     return dataclasses.replace(spec, encode=encode, lora_rank=0)
 
 
-def text_item_vectors(params: Params, spec: TwoTowerSpec, text: Array, ids: jax.Array | None = None) -> jax.Array:
-    """Text vectors [..., D_text] -> item vectors [..., D]; `ids` [..., D] are added where items have vectors of their own."""
+def text_item_vectors(
+    params: Params, spec: TwoTowerSpec, text: Array, ids: jax.Array | None = None, features: features_lib.Rows | None = None
+) -> jax.Array:
+    """Text vectors [..., D_text] -> item vectors [..., D].
+
+    Args:
+      params, spec: of the towers.
+      text: text vectors.
+      ids: [..., D], added where items have vectors of their own.
+      features: rows of these items, where they have features; None = by text and ID alone.
+    """
     out = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
     out = out if ids is None else out + ids
+    if spec.features is not None and features is not None:
+        out = features_lib.fuse(params["features"], spec.features, out, features)
     return unit_length(out) if spec.normalize else out
 
 
-def item_vectors(params: Params, spec: TwoTowerSpec, text: Array) -> jax.Array:
-    """Text vectors of the whole catalogue [N, D_text] -> item vectors [N, D]."""
-    return text_item_vectors(params, spec, text, params["ids"]["embedding"][: spec.n_ids] if spec.n_ids else None)
+def item_vectors(params: Params, spec: TwoTowerSpec, text: Array, features: features_lib.Rows | None = None) -> jax.Array:
+    """Text vectors of the whole catalogue [N, D_text], rows of its features [N, ...] if the towers read some -> item vectors [N, D].
+
+    Raises:
+      RecJaxError: the towers read features, and none are given.
+    """
+    return text_item_vectors(params, spec, text, params["ids"]["embedding"][: spec.n_ids] if spec.n_ids else None, _given(spec, features))
 
 
-def some_items(params: Params, spec: TwoTowerSpec, text: Array, ids: Array) -> jax.Array:
-    """Text vectors [..., D_text] of the catalogue items `ids` [...] -> item vectors [..., D]."""
+def some_items(params: Params, spec: TwoTowerSpec, text: Array, ids: Array, features: features_lib.Rows | None = None) -> jax.Array:
+    """Text vectors [..., D_text] of the catalogue items `ids` [...], features of the whole catalogue -> item vectors [..., D].
+
+    Raises:
+      RecJaxError: as `item_vectors`.
+    """
     own = jnp.take(params["ids"]["embedding"], jnp.maximum(ids, 0), axis=0) if spec.n_ids else None
-    return text_item_vectors(params, spec, text, own)
+    rows = _given(spec, features)
+    return text_item_vectors(params, spec, text, own, None if rows is None else features_lib.rows_of(rows, ids))
+
+
+def _given(spec: TwoTowerSpec, features: features_lib.Rows | None) -> features_lib.Rows | None:
+    """The features, if the towers read some."""
+    if spec.features is None:
+        return None
+    if features is None:
+        raise RecJaxError("the item tower reads features of items (TwoTowerSpec.features), and none are given: pass those of the catalogue")
+    return features
 
 
 def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:

@@ -21,7 +21,7 @@ from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
 from rec_jax import processes
 from rec_jax.cli import main_of
-from rec_jax.data import corpus, text, text_batches, vocabulary
+from rec_jax.data import corpus, feature_codes, text, text_batches, vocabulary
 from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
@@ -101,6 +101,7 @@ class _Run:
         self.difference: start_lib.Difference | None = None
         if config.start.path:
             self._go_on()
+        self.coding = feature_codes.of_run(config, self.prepared)
         for name in config.stages or ("",):
             self._check(self._config_of(name), name)
         self.planned = self._plan()
@@ -110,6 +111,7 @@ class _Run:
             start_lib.check_kept(workdir, self.prepared, start=self.start_mark)
         chain.write_config(config, workdir)
         start_lib.keep(workdir, self.prepared, start=self.start_mark, write=jax.process_index() == 0)
+        feature_codes.keep(workdir, self.coding, write=jax.process_index() == 0)
         self.speed = plan.machine_speed()
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         kind = jax.devices()[0].device_kind
@@ -133,14 +135,14 @@ class _Run:
     def _check(self, config: Any, name: str) -> None:
         """Finds out before any stage runs what can be wrong with this one."""
         student = _sizes_of_student(config, self.encoder)
-        towers = model_lib.towers_of(config, self.prepared, student[1])
+        towers = model_lib.towers_of(config, self.prepared, student[1], self.coding)
         made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
         taught = None
         if any(o.teacher for o in made):
             if not config.teacher.path and name == (self.config.stages or ("",))[0]:
                 raise RecJaxError(f"stage {name!r} asks for a teacher, and none comes before it: set config.teacher.path")
             self._check_temperature(config, name)
-            taught = model_lib.towers_of(config, self.prepared, self.encoder[1])
+            taught = model_lib.towers_of(config, self.prepared, self.encoder[1], self.coding)
             taught = two_tower.with_encoder(taught, config.teacher.source == "online")
         start = self.start if name == (self.config.stages or ("",))[0] else None
         stages.check(config, towers, student[0], self.mesh, teacher=taught, labels=self._labels(config), start=start)
@@ -238,7 +240,9 @@ class _Run:
         )
         clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
         table = any(o.table for o in made)
-        self.model = model = model_lib.make_model(config, prepared, self.tokens, self.encoder, clock.say, candidates=table, shared=True)
+        self.model = model = model_lib.make_model(
+            config, prepared, self.tokens, self.encoder, clock.say, coding=self.coding, candidates=table, shared=True
+        )
         taught = teacher.teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
         inputs = stages.Inputs(
             prepared,
@@ -251,11 +255,12 @@ class _Run:
             teacher_arrays=taught[1],
             start=self.start if before is None else None,
             replay=self.replay,
+            features=model.features,
         )
         batches = stages.make_batches(config, inputs, self.mesh)
         evaluate: loop.Evaluate = model.validate
         if config.batch.kind == "impressions":
-            measured = labelled.Labelled(model.spec, prepared)
+            measured = labelled.Labelled(model.spec, prepared, model.features)
 
             def evaluate(params: Params, *, step: int) -> dict[str, float]:
                 texts = model.table
@@ -340,7 +345,7 @@ class _Run:
         assert self.start is not None
         say, silent = self.clock.say, lambda _: None
         encoder = encoder_lib.load_encoder(self.config, self.prepared)
-        model = model_lib.make_model(config, self.prepared, self.tokens, encoder, say)
+        model = model_lib.make_model(config, self.prepared, self.tokens, encoder, say, coding=self.coding)
         table = model.table if config.towers.item.whiten else None
         fresh = two_tower.init(jax.random.key(config.seed), model.spec, text_params=encoder[0], table=table)
         params = two_tower.merged({**fresh, **carry.laid_out(self.start, fresh)}, model.spec)

@@ -1,4 +1,4 @@
-"""Parameters of another workdir on a larger data set: rows of ID tables go with their ids, all else as it is."""
+"""Parameters of another workdir on a larger data set: rows of tables go with their ids or categories, all else as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from rec_jax import mesh as mesh_lib
 from rec_jax.types import Params, RecJaxError
 
-GROUPS = ("item", "ids", "user", "users")  # what both must agree on; heads of tasks and learned scalars belong to objectives
+GROUPS = ("item", "ids", "features", "user", "users")  # what both must agree on; heads of tasks and learned scalars belong to objectives
 TABLES = {"ids/embedding": "items", "users/embedding": "users"}
 
 
@@ -50,7 +50,20 @@ def laid_out(carried: Carried, fresh: Params) -> dict[str, Any]:
             table, rows = jnp.asarray(fresh[group][leaf]), carried.rows[kind]
             kept = np.flatnonzero(rows >= 0)
             out[group] = {leaf: table.at[kept].set(jnp.asarray(carried.params[group][leaf])[rows[kept]])}
+    if "features" in out:
+        out["features"] = _features(carried.params["features"], fresh["features"])
     return out
+
+
+def _features(old: Params, fresh: Params) -> dict[str, Any]:
+    """Features' parameters of the new run: the old ones; rows of new categories, which come last, and new features are fresh ones."""
+    names = {mesh_lib.path_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(dict(old))}
+
+    def laid_over(path: Any, new: Any) -> Any:
+        before = names.get(mesh_lib.path_name(path))
+        return new if before is None else jnp.asarray(new).at[: len(before)].set(before)
+
+    return jax.tree_util.tree_map_with_path(laid_over, dict(fresh))
 
 
 def check(carried: Carried, fresh: Params) -> None:
@@ -66,14 +79,25 @@ def check(carried: Carried, fresh: Params) -> None:
         a, b = (shapes.get(name) for shapes in (old, new))
         if name in TABLES and a and b:
             a, b = a[1:], b[1:]
-        if a != b and not (added and name in TABLES):
+        if group == "features" and _may_grow(name, a, b):
+            a, b = b, b
+        if a != b and not (added and (name in TABLES or group == "features")):
             raise RecJaxError(_differ(name, old, new, carried.place))
 
 
+def _may_grow(name: str, old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:
+    """Whether a parameter of features is one of a new feature, or a table with new categories."""
+    _, kind, *_ = name.split("/")
+    if new is None or old is None:
+        return new is not None and kind != "fusion"
+    return kind in ("categorical", "multi_hot") and old[0] <= new[0] and old[1:] == new[1:]
+
+
 def _differ(name: str, old: Mapping[str, Any], new: Mapping[str, Any], place: str) -> str:
+    keys = "config.data.features and config.towers.item" if name.startswith("features/") else "config.towers"
     return (
         f"{name} is {old.get(name, 'absent')} in {place} (config.start.path) and {new.get(name, 'absent')} in this run; "
-        "set config.towers as they are in that workdir's config.json"
+        f"set {keys} as they are in that workdir's config.json"
     )
 
 

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from rec_jax import config as config_lib
+from rec_jax.config_features import FEATURE_KEYS, has_features
 from rec_jax.types import RecJaxError
 
 # Keys that another machine may set otherwise without making it another run: they change no result.
@@ -46,6 +47,10 @@ def fingerprint(config: Any, *inputs: str) -> str:
         node.pop(name)
     if not kept["start"]["path"]:
         kept.pop("start")  # what was trained before there was this key stays what it is
+    if not has_features(config):
+        for key in FEATURE_KEYS:
+            *groups, name = key.split(".")
+            config_lib.get(kept, ".".join(groups)).pop(name)
     return hashlib.sha256(json.dumps([kept, *inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 

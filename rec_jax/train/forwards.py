@@ -50,9 +50,10 @@ class Constants:
     Attributes:
       table: text vectors of the catalogue [N, D_text].
       log_q: log sampling frequency of each item [N].
-      teacher: {"params", "table" [N, D_teacher] or None} of the teacher.
+      teacher: {"params", "table" [N, D_teacher] or None, "features" or None} of the teacher.
       texts: the catalogue's packed texts {"tokens", "segments" [R, T], "places" [N]}, where all are encoded in every step.
       neighbours: (ids [N, M], shares [N, M]) of each item's neighbours.
+      features: of the catalogue's items, kind -> name -> [N, ...].
     """
 
     table: Any
@@ -60,6 +61,7 @@ class Constants:
     teacher: Any = None
     texts: Any = None
     neighbours: Any = None
+    features: Any = None
 
 
 def outputs(
@@ -92,12 +94,13 @@ def outputs(
     uniform = max(o.uniform for o in spec.objectives)
     keys = _keys(key, shards, rows)
     if keys is not None and key is not None:
-        keys["ids"] = fold(key, "ids")
+        keys |= {"ids": fold(key, "ids"), "features": fold(key, "features")}
     return batches.encode_batch(
         params,
         spec.towers,
         batch,
         table=constants.table,
+        features=constants.features,
         catalogue=wants("catalogue"),
         keys=keys,
         views=wants("views"),
@@ -118,7 +121,15 @@ def _keys(key: jax.Array | None, shards: int, rows: dict[str, int]) -> dict[str,
 def momentum_outputs(momentum: Any, spec: StepSpec, batch: Batch, constants: Constants, mesh: Mesh | None) -> Outputs:
     """The momentum encoder's vectors of the batch, without dropout and without gradient."""
     made = batches.encode_batch(
-        momentum, spec.towers, batch, table=constants.table, catalogue=False, keys=None, chunk_rows=spec.chunk_rows, mesh=mesh
+        momentum,
+        spec.towers,
+        batch,
+        table=constants.table,
+        features=constants.features,
+        catalogue=False,
+        keys=None,
+        chunk_rows=spec.chunk_rows,
+        mesh=mesh,
     )
     return jax.lax.stop_gradient(made)
 
@@ -132,6 +143,7 @@ def teacher_outputs(spec: StepSpec, batch: Batch, constants: Constants, drawn_id
         spec.teacher,
         batch,
         table=constants.teacher["table"],
+        features=constants.teacher.get("features"),
         catalogue=any(o.catalogue for o in teachers),
         keys=None,
         drawn_ids=drawn_ids if constants.teacher["table"] is not None else None,

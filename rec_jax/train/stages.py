@@ -46,11 +46,12 @@ class Inputs:
       table: text vectors of the catalogue [N, D_text], or None.
       last: parameters that the stages before have left, or None.
       teacher: spec of the teacher's towers, or None.
-      teacher_arrays: {"params", "table"} of the teacher, or None.
+      teacher_arrays: {"params", "table", "features"} of the teacher, or None.
       corpus: tokens of the corpus, the rows to train on, the rows held out; only for batches of texts.
       corruption: what is hidden or deleted in them.
       start: what another workdir has left, in the first stage of a run that goes on from it; then `last` is None.
       replay: what is new against that workdir's data, and how much of the rest comes.
+      features: of the catalogue's items, kind -> name -> [N, ...], where the towers read some.
     """
 
     prepared: Prepared
@@ -65,6 +66,7 @@ class Inputs:
     corruption: Corruption | None = None
     start: carry.Carried | None = None
     replay: Replay | None = None
+    features: Any = None
 
 
 def make_step(
@@ -191,18 +193,41 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
         return old[name]
 
     params = jax.tree_util.tree_map_with_path(take, params)
-    if student and inputs.teacher is not None and inputs.teacher_arrays is not None and inputs.table is not None and "item" in params:
-        taught, table = inputs.teacher_arrays["params"], inputs.teacher_arrays["table"]
-        if table is not None and inputs.teacher.dim == spec.towers.dim:
-            teacher, towers = (dataclasses.replace(t, normalize=False) for t in (inputs.teacher, spec.towers))
-            wanted = np.asarray(two_tower.text_item_vectors(taught, teacher, table))
-            params["item"] = heads.fitted(params["item"], inputs.table, wanted)
-            if towers.n_ids:
-                rest = np.asarray(two_tower.item_vectors(taught, teacher, table)) - two_tower.text_item_vectors(
-                    params, towers, inputs.table
-                )
-                params["ids"] = {"embedding": jnp.asarray(params["ids"]["embedding"]).at[: len(rest)].set(rest)}
+    if student and inputs.teacher is not None and inputs.teacher_arrays is not None and "item" in params:
+        params |= _nearest_to_teacher(params, spec.towers, inputs.teacher, inputs.teacher_arrays, inputs)
     return params
+
+
+def _nearest_to_teacher(
+    params: Params, towers: two_tower.TwoTowerSpec, teacher: two_tower.TwoTowerSpec, arrays: dict[str, Any], inputs: Inputs
+) -> dict[str, Any]:
+    """-> {"item", "ids"?, "features"?} of a student that begins with its teacher's vectors, as `make_params` says; nothing where it cannot.
+
+    Features that both read alike are the teacher's; those of the teacher alone go into the items' own vectors.
+    """
+    taught, table = arrays["params"], arrays["table"]
+    if table is None or inputs.table is None or teacher.dim != towers.dim:
+        return {}
+    teacher, towers = (dataclasses.replace(t, normalize=False) for t in (teacher, towers))
+    wanted = np.asarray(two_tower.text_item_vectors(taught, teacher, table))
+    out: dict[str, Any] = {"item": heads.fitted(params["item"], inputs.table, wanted)}
+    if towers.features is not None and _read_alike(towers, inputs.features, teacher, arrays.get("features")):
+        out["features"] = taught["features"]
+    if towers.n_ids:
+        if towers.features is not None:  # what they add is added to the student too
+            teacher = dataclasses.replace(teacher, features=None)
+        whole = np.asarray(two_tower.item_vectors(taught, teacher, table, arrays.get("features")))
+        rest = whole - two_tower.text_item_vectors(out, towers, inputs.table)
+        out["ids"] = {"embedding": jnp.asarray(params["ids"]["embedding"]).at[: len(rest)].set(rest)}
+    return out
+
+
+def _read_alike(towers: two_tower.TwoTowerSpec, features: Any, teacher: two_tower.TwoTowerSpec, others: Any) -> bool:
+    """Whether two towers read the same features, by the same coding."""
+    without_dropout = lambda spec: spec and dataclasses.replace(spec, dropout=0.0)
+    if without_dropout(towers.features) != without_dropout(teacher.features):
+        return False
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), features, others)))
 
 
 def packed_catalogue(tokens: Ragged, row_tokens: int, devices: int) -> dict[str, np.ndarray]:
@@ -268,6 +293,7 @@ def make_task(
         teacher=inputs.teacher_arrays if spec.teacher is not None else None,
         texts=packed_catalogue(inputs.tokens, config.batch.row_tokens, devices) if every else None,
         neighbours=_neighbours(spec, inputs.prepared),
+        features=inputs.features if spec.towers.features is not None else None,
     )
     rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
     params = make_params(config, spec, inputs)

@@ -1,0 +1,55 @@
+"""Checks of the keys that are about features of items (`config.data.features`)."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from rec_jax.defaults import defaults
+from rec_jax.types import RecJaxError
+
+# Keys that mean nothing where no feature is named: what was made before there were these keys stays what it is.
+FEATURES = ("categorical", "multi_hot", "numeric", "vectors")  # kinds of config.data.features
+FEATURE_KEYS = (
+    "data.features", "data.on_bad.missing_feature", "data.on_bad.bad_feature", "towers.item.features", "towers.item.fusion",
+    "towers.item.modality_dropout",
+)  # fmt: skip
+
+
+def has_features(config: ConfigDict) -> bool:
+    """Whether items have features beside text and IDs."""
+    return any(config.data.features[kind] for kind in FEATURES)
+
+
+def check_features(config: ConfigDict) -> None:
+    """Raises RecJaxError for features that are named twice or cannot be parameters' names, and for keys that do not go together."""
+    features, item = config.data.features, config.towers.item
+    for kind in FEATURES:
+        names = features[kind]
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+            raise RecJaxError(f"config.data.features.{kind}={names!r}: expected names, like ('name',)")
+        again = [name for n, name in enumerate(names) if name in names[:n]]
+        if again:
+            raise RecJaxError(f"config.data.features.{kind} names {again[0]!r} twice")
+        wrong = [name for name in names if kind != "vectors" and "/" in name]
+        if wrong:
+            raise RecJaxError(f"config.data.features.{kind} names {wrong[0]!r}: a feature's name is part of its parameters', without '/'")
+    if features.multi_hot and not features.separator.strip():
+        raise RecJaxError(f"config.data.features.separator={features.separator!r}: expected a character that no value has, like ',' or '|'")
+    if not 0 <= item.modality_dropout < 1:
+        raise RecJaxError(f"config.towers.item.modality_dropout={item.modality_dropout!r}: must be at least 0 and below 1")
+    reference = defaults().towers.item
+    for key in ("fusion", "modality_dropout"):
+        if item[key] != reference[key] and not has_features(config):
+            raise RecJaxError(f"config.towers.item.{key}={item[key]!r} is about features, and config.data.features names none")
+    if item.features.dim < 0 or (item.features.dim and item.fusion != "concat"):
+        raise RecJaxError(
+            f"config.towers.item.features.dim={item.features.dim}: a width of their own is for fusion='concat'; 0 = towers.dim"
+        )
+
+
+def check_stage(config: ConfigDict, name: str, stage: ConfigDict) -> None:
+    """Raises RecJaxError unless a stage's config has the features of the whole: one coding, and the same parameters, serve all stages."""
+    groups = {"data.features": lambda c: c.data.features, "towers.item.features": lambda c: c.towers.item.features}
+    for key, group in groups.items():
+        if group(stage).to_dict() != group(config).to_dict():
+            raise RecJaxError(f"config.stage.{name}.{key}: all stages have the same features; set config.{key}")
