@@ -153,7 +153,10 @@ def test_a_task_brings_its_neighbours_and_devices_agree(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"candidates": "batch"}, r"info_nce.neighbour_share=0.3 makes items of the whole catalogue targets: set candidates='catalogue'"),
+        (
+            {"candidates": "batch"},
+            r"info_nce.neighbour_share=0.3 makes items of the whole catalogue targets: set it to 0, or candidates='catalogue'",
+        ),
         ({"shard_catalogue": True}, r"without shard_catalogue"),
         ({"positives": 2}, r"neighbour_share=0.3 goes with positives=1 and form='standard' only"),
         ({"form": "decoupled"}, r"goes with positives=1 and form='standard' only"),
@@ -172,7 +175,9 @@ def test_what_does_not_go_together_is_refused(changes, message):
 
 def test_only_packed_histories_have_neighbours(tmp_path):
     config = tiny.config(**{"objectives.info_nce.neighbour_share": 0.3, "towers.user.kind": "text", "towers.text.source": "tokens"})
-    with pytest.raises(RecJaxError, match=r"info_nce.neighbour_share is of packed histories: set config.towers.user.kind='history'"):
+    with pytest.raises(
+        RecJaxError, match=r"info_nce.neighbour_share is of packed histories: set it to 0, or config.towers.user.kind='history'"
+    ):
         tiny.task(config, tmp_path)
 
 

@@ -103,7 +103,7 @@ def check(
         if o.positives > 1 and towers.history is None:
             raise RecJaxError(f"{place}.positives={o.positives} are next items of a packed history: set config.towers.user.kind='history'")
         if o.neighbours and (kind != "histories" or towers.history is None):
-            raise RecJaxError(f"{place}.neighbour_share is of packed histories: set config.towers.user.kind='history'")
+            raise RecJaxError(f"{place}.neighbour_share is of packed histories: set it to 0, or config.towers.user.kind='history'")
         if o.history_views:
             history_views.check(place, o.spec, towers)
         if o.uniform % shards:

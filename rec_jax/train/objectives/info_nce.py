@@ -84,7 +84,9 @@ class InfoNCESpec:
 
     def _check_neighbours(self, key: str) -> None:
         if self.candidates != "catalogue" or self.shard_catalogue:
-            raise RecJaxError(f"{key} makes items of the whole catalogue targets: set candidates='catalogue', without shard_catalogue")
+            raise RecJaxError(
+                f"{key} makes items of the whole catalogue targets: set it to 0, or candidates='catalogue' without shard_catalogue"
+            )
         if self.positives > 1 or self.form != "standard":
             raise RecJaxError(f"{key} goes with positives=1 and form='standard' only")
         if self.label_smoothing + self.neighbour_share >= 1:
