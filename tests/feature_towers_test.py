@@ -1,6 +1,7 @@
 """Features in the item tower: against numpy, at the start, dropped, over devices, and in what a stage starts from."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import pytest
 import tiny
 
 from rec_jax import mesh as mesh_lib
+from rec_jax.data.impressions import Impressions
 from rec_jax.data.pipeline import Batches, BatchSpec
-from rec_jax.towers import batches, features, two_tower
+from rec_jax.eval import labelled, logged
+from rec_jax.towers import batches, features, interactions, two_tower
 from rec_jax.train import carry, stages
 from rec_jax.train.state import RNG
 from rec_jax.train.step import loss_and_metrics
@@ -159,6 +162,27 @@ def test_dropped_features_add_nothing_and_each_is_drawn_for_itself():
     np.testing.assert_allclose(out.item[there], out.catalogue[batch.item_ids[there]], atol=1e-5)
     whole = encode_batch(params, spec, batch, table=tiny.table(), features=table, catalogue=True, keys=None)
     np.testing.assert_allclose(whole.catalogue, two_tower.item_vectors(params, spec, tiny.table(), table), atol=1e-6)
+
+
+def test_impressions_are_scored_with_features():
+    """Labels are predicted, and policies valued, by the same item vectors as rankings."""
+    c = config_of(**{"towers.user.kind": "id", "batch.kind": "impressions"})
+    spec = two_tower.make_spec(c.towers, tiny.bert_spec(), texts_per_row=8, n_items=N, n_users=tiny.N_USERS, tasks=1, features=SIZES)
+    params, random = two_tower.init(jax.random.key(0), spec), np.random.default_rng(0)
+    params["features"] = trained(params["features"])
+    user, item = random.integers(tiny.N_USERS, size=20), random.integers(N, size=20)
+    shown = Impressions(user, item, np.zeros((20, 0), np.int32), np.ones((20, 1), np.float32), None, np.zeros(20, np.int64), {}, ("used",))
+    found = labelled.Labelled(spec, tiny.World(), rows()).logits(params, tiny.table(), shown)
+    users = np.asarray(params["users"]["embedding"])[user]
+    users /= np.linalg.norm(users, axis=1, keepdims=True)
+    items = two_tower.item_vectors(params, spec, tiny.table(), rows())
+    np.testing.assert_allclose(found, interactions.apply(params["task"], spec.task, users, items[item], None), atol=1e-5)
+    world = SimpleNamespace(impressions=lambda split: shown, n_items=N)
+    policy = logged.Logged(spec, world, temperature=0.5, features=rows()).probabilities(params, tiny.table(), shown)
+    scores = np.where(np.isin(np.arange(N), item), np.exp(users @ np.asarray(items).T / 0.5), 0)
+    np.testing.assert_allclose(policy, scores / scores.sum(1, keepdims=True), atol=1e-5)
+    with pytest.raises(RecJaxError, match="and none are given"):
+        labelled.Labelled(spec, tiny.World()).logits(params, tiny.table(), shown)
 
 
 # -- steps and meshes --

@@ -117,6 +117,17 @@ def test_given_vectors_are_centred_and_of_one_length(tmp_path):
     np.testing.assert_allclose(there, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [*ALL, "vectors"])
+def test_each_kind_alone(kind, tmp_path):
+    vectors_of(tmp_path)
+    named = ALL | {"vectors": (f"{tmp_path}/image.npz",)}
+    c = config_of(tmp_path, **{k: names if k == kind else () for k, names in named.items()})
+    prepared = prepare.prepare(c)
+    arrays = feature_codes.of_run(c, prepared).arrays(prepared)
+    assert {k: len(of_kind) for k, of_kind in arrays.items()} == {k: int(k == kind) for k in named}
+    assert {k for k, of_kind in prepared.meta["features"].items() if of_kind} == {kind}
+
+
 def test_another_file_or_feature_is_another_folder_and_none_is_the_old_one(tmp_path):
     vectors_of(tmp_path)
     plain = prepare.fingerprint_of(config_of(tmp_path, categorical=(), multi_hot=(), numeric=()))

@@ -310,7 +310,9 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
     features = {}
     if has_features(config):
         place = lambda item: item_place(rows[item])
-        features = {"features": features_lib.write(named[rows], items["item"].to_list(), config.data, report, out, place)}
+        features = {
+            "features": features_lib.write(named.select(pl.all().gather(rows)), items["item"].to_list(), config.data, report, out, place)
+        }
     return {"template": template, **_counts(events, report, clock), **shown, **features}
 
 
