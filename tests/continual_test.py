@@ -289,7 +289,9 @@ def test_a_run_goes_on_and_tells_what_it_gained_and_lost(world, capsys):
     first, second = model.load(world / "first"), model.load(world / "second")
     assert second.model.prepared.item_ids() != first.model.prepared.item_ids()
     difference = start.difference(second.model.prepared, first.model.prepared)
-    np.testing.assert_array_equal(second.model.table[difference.items >= 0], first.model.table[difference.items[difference.items >= 0]])
+    # Other items stand beside them in the encoder's rows: the same texts up to the order of sums.
+    old = difference.items >= 0
+    np.testing.assert_allclose(second.model.table[old], first.model.table[difference.items[old]], rtol=1e-5, atol=1e-6)
     assert figures["change/old/ndcg@10"] != 0
     assert all(
         np.isclose(figures[f"change/{g}/hr@10"], figures[f"after/{g}/hr@10"] - figures[f"before/{g}/hr@10"]) for g in continual.GROUPS
