@@ -184,8 +184,13 @@ def defaults() -> ConfigDict:
     c.objectives.info_nce.matryoshka = ()  # widths below towers.dim whose prefixes are trained too
     c.objectives.bce = ConfigDict()
     c.objectives.bce.weight = 0.0
-    c.objectives.bce.negatives = 16  # batch targets drawn per query as negatives
-    c.objectives.bce.scale = 10.0  # logit = scale * dot product + bias; both learned
+    c.objectives.bce.negatives = 16  # drawn per query
+    # batch: targets of the global batch; the target's term + the mean of its negatives' | catalogue: items drawn uniformly that are not in
+    # the query's window, by their text vectors at the start; the mean of all 1 + negatives terms
+    c.objectives.bce.draw = "batch"
+    c.objectives.bce.calibration = 0.0  # gBCE's t, up to 1: probabilities as if all items were negatives; needs draw="catalogue"
+    c.objectives.bce.scale = 10.0  # logit = scale * dot product + bias
+    c.objectives.bce.learn_scale = True  # both are learned; False: scale is fixed and bias is 0
     c.objectives.sigmoid = ConfigDict()  # every pair of the global batch is classified
     c.objectives.sigmoid.weight = 0.0
     c.objectives.sigmoid.scale = 10.0  # start values; both learned

@@ -144,6 +144,8 @@ class Outputs:
       history_views: [2, G, E, D], user vectors of each example's two views; of no meaning where there is no example.
       drawn: [U, D], vectors of the catalogue items `drawn_ids`.
       drawn_ids: [U] int32, drawn uniformly from the catalogue, with replacement.
+      query_drawn: [G, Q, K, D], vectors of the catalogue items `query_drawn_ids`.
+      query_drawn_ids: [G, Q, K] int32, drawn uniformly for each query from the items that are not its own; -1 is none.
       text: [G, M, D_text], what the encoder or the table says of the batch's items, before the head.
       masked: [G, P, D_text], of the hidden tokens' places, ready for the vocabulary's softmax.
       denoised: [G, R, T, D_text], the decoder's, each place for the token that stands there.
@@ -162,6 +164,8 @@ class Outputs:
     history_views: Any = None
     drawn: Any = None
     drawn_ids: Any = None
+    query_drawn: Any = None
+    query_drawn_ids: Any = None
     text: Any = None
     masked: Any = None
     denoised: Any = None

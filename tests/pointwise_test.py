@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from rec_jax.losses import bce, bce_with_negatives, calibrated_logit, observed, regression
+from rec_jax.losses import bce, bce_with_negatives, calibrated_logit, gbce_weight, observed, regression, sampled_bce
 from rec_jax.types import RecJaxError
 
 B, N, K, D = 6, 15, 4, 8
@@ -205,6 +205,10 @@ BAD_OPTIONS = {
     "rate above 1": (lambda: calibrated_logit(ONE, negative_rate=2.0), "negative_rate is 2.0"),
     "form": (lambda: regression(ONE, ONE, form="mae"), "form is 'mae'; expected one of mse, huber"),
     "delta": (lambda: regression(ONE, ONE, form="huber", delta=0), "delta is 0; expected a number > 0"),
+    "sampled shapes": (lambda: sampled_bce(ONE, ONE), r"positive has shape \(1,\) and negatives \(1,\); expected \[B\] and \[B, K\]"),
+    "sampled mask": (lambda: sampled_bce(ONE, ONE[None], mask=ONE), r"mask has shape \(1,\); expected \(1, 1\)"),
+    "calibration": (lambda: gbce_weight(calibration=1.5, negatives=1, items=3), "calibration is 1.5; expected gBCE's t"),
+    "too many negatives": (lambda: gbce_weight(calibration=1, negatives=3, items=3), "negatives is 3 with 3 items; .* the 2 others"),
 }
 
 
@@ -213,3 +217,66 @@ def test_bad_options_are_named(case):
     call, message = BAD_OPTIONS[case]
     with pytest.raises(RecJaxError, match=message):
         call()
+
+
+# -- the target against drawn items, and gBCE --
+
+
+def test_sampled_bce_by_hand():
+    # Logits log 3 and -log 3, 0: -log 3/4, -log 3/4, -log 1/2; the mean of three terms, then of the first two.
+    positive, negatives = np.float32([np.log(3), np.log(3)]), np.float32([[-np.log(3), 0]] * 2)
+    mask = np.array([[True, True], [True, False]])
+    a, b = np.log(4 / 3), np.log(2)
+    np.testing.assert_allclose(sampled_bce(positive, negatives, mask=mask), [(2 * a + b) / 3, a], rtol=1e-6)
+    # A weight of 1/2 on the target alone.
+    np.testing.assert_allclose(sampled_bce(positive, negatives, mask=mask, positive_weight=0.5), [(1.5 * a + b) / 3, 0.75 * a], rtol=1e-6)
+
+
+def test_the_weight_of_gbce_by_hand():
+    # 3 of 9 other items: alpha = 1/3. t = 1: alpha itself; t = 0: 1; t = 1/2: 1/3 (1/2 (1 - 3) + 3) = 2/3.
+    for t, beta in ((1.0, 1 / 3), (0.0, 1.0), (0.5, 2 / 3)):
+        assert gbce_weight(calibration=t, negatives=3, items=10) == pytest.approx(beta)
+    assert gbce_weight(calibration=1.0, negatives=9, items=10) == 1.0  # all others are negatives: nothing to correct
+
+
+@pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
+def test_gbce_equals_naive_float64(calibration):
+    rng = np.random.default_rng(0)
+    mask = rng.random((B, K)) < 0.7
+    mask[0], mask[1] = False, True
+    alpha, t = K / (N - 1), calibration
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+
+    def naive(positive, negatives):
+        sigmoid = lambda x: 1 / (1 + np.exp(-x))
+        terms = -np.log(sigmoid(positive) ** beta)
+        return (terms + np.where(mask, -np.log(1 - sigmoid(negatives)), 0).sum(1)) / (1 + mask.sum(1))
+
+    weight = gbce_weight(calibration=calibration, negatives=K, items=N)
+    floats = {"positive": 3 * rng.normal(size=B), "negatives": 3 * rng.normal(size=(B, K))}
+    float64.assert_equal(lambda positive, negatives: sampled_bce(positive, negatives, mask=mask, positive_weight=weight), naive, floats)
+
+
+def test_gbce_is_safe_for_huge_logits_and_masked_places():
+    weight = gbce_weight(calibration=1.0, negatives=2, items=2001)
+    positive, negatives = np.float32([500, -500, 0]), np.float32([[-500, 500], [500, 500], [np.nan, np.inf]])
+    mask = np.array([[True, True], [True, True], [False, False]])
+    loss = lambda p, n: sampled_bce(p, n, mask=mask, positive_weight=weight)
+    np.testing.assert_allclose(loss(positive, negatives), [500 / 3, (0.5 + 1000) / 3, 1e-3 * np.log(2)], rtol=1e-5)
+    gradients = jax.grad(lambda p, n: loss(p, n).sum(), (0, 1))(positive, negatives)
+    np.testing.assert_allclose(gradients[0], [0, -1e-3 / 3, -0.5e-3], rtol=1e-5)
+    np.testing.assert_allclose(gradients[1], [[0, 1 / 3], [1 / 3, 1 / 3], [0, 0]], rtol=1e-5)
+
+
+def test_calibrated_probabilities_are_those_of_all_items():
+    """An item of 10 is taken with probability 0.3: over 3 uniform negatives, the expected loss with t = 1 is least at just that."""
+    taken, weight = 0.3, gbce_weight(calibration=1.0, negatives=3, items=10)
+
+    def expected(logit, weight):
+        # In 0.3 of the examples the item is the target; in the others it is a negative with probability 3 / 9 for each example.
+        positive = weight * bce(logit, jnp.ones(()))
+        return taken * positive + (1 - taken) * (3 / 9) * bce(logit, jnp.zeros(()))
+
+    slope = jax.grad(expected)
+    np.testing.assert_allclose(slope(jnp.float32(np.log(0.3 / 0.7)), weight), 0, atol=1e-6)
+    assert float(slope(jnp.float32(np.log(0.3 / 0.7)), 1.0)) < -0.05  # plain bce goes on: it is too sure

@@ -14,7 +14,15 @@ from rec_jax.losses.distill_vectors import (
 )
 from rec_jax.losses.groups import group_info_nce
 from rec_jax.losses.matryoshka import matryoshka
-from rec_jax.losses.pointwise import bce, bce_with_negatives, calibrated_logit, observed, regression
+from rec_jax.losses.pointwise import (
+    bce,
+    bce_with_negatives,
+    calibrated_logit,
+    gbce_weight,
+    observed,
+    regression,
+    sampled_bce,
+)
 from rec_jax.losses.policy import (
     entropy_of,
     importance_weights,
@@ -49,6 +57,7 @@ __all__ = [
     "distance_loss",
     "entropy_of",
     "fixed_weights",
+    "gbce_weight",
     "group_info_nce",
     "hidden_states_loss",
     "importance_weights",
@@ -67,6 +76,7 @@ __all__ = [
     "rank_order_loss",
     "ranking_preference_loss",
     "regression",
+    "sampled_bce",
     "sigmoid_loss",
     "softmax_cross_entropy",
     "softmax_loss",

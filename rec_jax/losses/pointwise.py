@@ -184,3 +184,54 @@ def bce_with_negatives(
     positive = bce(logits[:, 0], jnp.ones(b), label_smoothing=label_smoothing)
     negative = jnp.where(kept, bce(logits[:, 1:], jnp.zeros(()), label_smoothing=label_smoothing), 0)
     return jnp.where(valid, positive + negative.sum(1) / jnp.maximum(kept.sum(1), 1), 0)
+
+
+def sampled_bce(positive: Array, negatives: Array, *, mask: Array | None = None, positive_weight: Any = 1.0) -> jax.Array:
+    """positive [B], negatives [B, K] logits -> loss [B]: mean bce of the positive and its negatives.
+
+    Args:
+      positive: [B] float, or any leading axes.
+      negatives: [B, K] float.
+      mask: [B, K] bool, False for an empty place, which reaches neither value nor gradient.
+      positive_weight: factor of the positive's term, > 0; that of `gbce_weight` makes it gBCE: the log of a sigmoid to the power of beta
+        is beta times the log, so that nothing is ever raised to a power.
+
+    Raises:
+      RecJaxError: shapes that do not fit, a weight <= 0.
+
+    Reference: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", section 3.5 (there a sum with one negative); Petrov and
+    Macdonald 2023, "gSASRec", eq. 10.
+    """
+    shape = np.shape(negatives)
+    if not shape or not shape[-1] or np.shape(positive) != shape[:-1]:
+        raise RecJaxError(f"positive has shape {np.shape(positive)} and negatives {shape}; expected [B] and [B, K] with K >= 1")
+    there = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+    if there.shape != shape:
+        raise RecJaxError(f"mask has shape {there.shape}; expected {shape}, one per place of negatives")
+    own = bce(positive, jnp.ones(()), positive_weight=positive_weight)
+    others = jnp.where(there, bce(jnp.where(there, negatives, 0), jnp.zeros(())), 0)
+    return (own + others.sum(-1)) / (1 + there.sum(-1))
+
+
+def gbce_weight(*, calibration: float, negatives: int, items: int) -> float:
+    """-> beta = alpha (t (1 - 1 / alpha) + 1 / alpha) = 1 - t (1 - alpha), the positive's weight in gBCE, with alpha = K / (N - 1).
+
+    Where K of the N - 1 other items are drawn as negatives, a model fitted by plain bce takes each item's odds for 1 / alpha times what
+    they are among all items. With t = 1 its probabilities are those of all items as negatives; with t = 0 they are plain bce's.
+
+    Args:
+      calibration: t in [0, 1].
+      negatives: K, drawn uniformly for each positive.
+      items: N of the catalogue.
+
+    Raises:
+      RecJaxError: t outside [0, 1], more negatives than there are other items.
+
+    Reference: Petrov and Macdonald 2023, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative Sampling",
+    section 5.
+    """
+    if not 0 <= calibration <= 1:
+        raise RecJaxError(f"calibration is {calibration!r}; expected gBCE's t in [0, 1]: 0 is plain binary cross-entropy")
+    if not 0 < negatives < items:
+        raise RecJaxError(f"negatives is {negatives!r} with {items} items; gBCE expects at least 1 and at most the {items - 1} others")
+    return 1 - calibration * (1 - negatives / (items - 1))

@@ -46,6 +46,7 @@ def encode_batch(
     views: bool = False,
     history_views: bool = False,
     drawn_ids: jax.Array | None = None,
+    query_drawn_ids: jax.Array | None = None,
     texts: Mapping[str, Array] | None = None,
     layers: bool = False,
     scores: bool = False,
@@ -67,6 +68,7 @@ def encode_batch(
       views: also the batch's items by their texts alone, twice, each time with dropout of its own.
       history_views: also the user vectors of the batch's views of histories.
       drawn_ids: [U] int32, catalogue items whose vectors are also wanted, by the table.
+      query_drawn_ids: [G, Q, K] int32, for each query catalogue items whose vectors are also wanted, by the table; -1 is none.
       texts: the catalogue's packed texts {"tokens" [R, T], "segments" [R, T], "places" [N]}, to encode all of them in this step.
       layers: also every layer's hidden states and attention weights of the batch's item texts.
       scores: also the task head's logits of each query with its target and, where items are drawn, with these.
@@ -77,7 +79,8 @@ def encode_batch(
       RecJaxError: a table is needed and absent, views or layers without an encoder in the step, views of histories that are not in the
         batch, scores without a task head.
     """
-    if table is None and ((catalogue and texts is None) or drawn_ids is not None or not spec.encode):
+    drawn = drawn_ids is not None or query_drawn_ids is not None
+    if table is None and ((catalogue and texts is None) or drawn or not spec.encode):
         raise RecJaxError("vectors of the catalogue need a table of text vectors: towers.text.source='frozen', or batch candidates")
     if (views or layers or texts is not None) and not spec.encode:
         raise RecJaxError("two views of a text, and its layers, need the encoder in the step: towers.text.source='tokens'")
@@ -110,11 +113,24 @@ def encode_batch(
         out.catalogue = item_vectors(params, spec, everything, features)
     if drawn_ids is not None:
         out.drawn = some_items(params, spec, jnp.take(jnp.asarray(table), drawn_ids, axis=0), drawn_ids, features)
+    if query_drawn_ids is not None:
+        out.query_drawn = _drawn_for_queries(params, spec, table, query_drawn_ids, features)
+        out.query_drawn_ids = query_drawn_ids
     if layers:
         out.hidden, out.attention = _layers(params, spec, batch, _key(keys, "text"))
     if scores:
         out.scores, out.drawn_scores = _scores(params, spec, batch, out, _key(keys, "head"))
     return out
+
+
+def _drawn_for_queries(
+    params: Params, spec: TwoTowerSpec, table: Array | None, ids: jax.Array, features: features_lib.Rows | None
+) -> jax.Array:
+    """Catalogue items [G, Q, K] -> vectors [G, Q, K, D], each made where it is drawn, or all once where more are drawn than there are."""
+    table, ids = jnp.asarray(table), over_batch(jnp.maximum(ids, 0))
+    if ids.size > len(table):
+        return over_batch(jnp.take(item_vectors(params, spec, table, features), ids, axis=0))
+    return over_batch(some_items(params, spec, jnp.take(table, ids, axis=0), ids, features))
 
 
 def _users(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rec_jax.towers import batches
 from rec_jax.towers.dropout import fold
 from rec_jax.towers.two_tower import TwoTowerSpec
+from rec_jax.train.draws import unseen_items
 from rec_jax.train.objectives import Objective
 from rec_jax.train.state import QueueSpec, row_keys
 from rec_jax.types import Batch, Outputs
@@ -91,7 +92,8 @@ def outputs(
     rows |= {"user": 0 if users is None else users.shape[1], "head": 1}
     if wants("history_views"):
         rows["history_view"] = 2 * rows["user"]
-    uniform = max(o.uniform for o in spec.objectives)
+    uniform, per_query = max(o.uniform for o in spec.objectives), max(o.per_query for o in spec.objectives)
+    n_items = len(constants.log_q)
     keys = _keys(key, shards, rows)
     if keys is not None and key is not None:
         keys |= {"ids": fold(key, "ids"), "features": fold(key, "features")}
@@ -105,7 +107,8 @@ def outputs(
         keys=keys,
         views=wants("views"),
         history_views=wants("history_views"),
-        drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, len(constants.log_q)) if uniform else None,
+        drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, n_items) if uniform else None,
+        query_drawn_ids=unseen_items(fold(draw, "queries"), batch, n_items=n_items, draws=per_query) if per_query else None,
         texts=constants.texts,
         layers=wants("layers"),
         scores=wants("scores"),

@@ -67,6 +67,7 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
             total += 6.0 * queries * (once + 4 * queries * towers.dim)
     total += passes * shards * batch.items * head + (3.0 * n_items * head if catalogue else 0.0)
     candidates = n_items if catalogue else queries + max(o.queue + o.uniform for o in spec.objectives)
+    candidates += max(o.per_query for o in spec.objectives)
     return total + 6.0 * queries * candidates * towers.dim
 
 

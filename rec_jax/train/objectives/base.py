@@ -24,6 +24,7 @@ class Objective:
       scalars: names and start values of what it learns.
       catalogue: vectors of all items.
       uniform: U, how many items of the catalogue are drawn uniformly in each step.
+      per_query: K, how many are drawn uniformly for each query by itself.
       views: a second draw of dropout on the batch's item texts.
       history_views: user vectors of two views of each history; the batches carry them.
       queue: item vectors kept of earlier batches.
@@ -45,6 +46,7 @@ class Objective:
     scalars: tuple[tuple[str, float], ...] = ()
     catalogue: bool = False
     uniform: int = 0
+    per_query: int = 0
     views: bool = False
     history_views: bool = False
     queue: int = 0
@@ -62,7 +64,7 @@ class Objective:
     @property
     def table(self) -> bool:
         """Whether it needs text vectors of the catalogue."""
-        return self.catalogue or self.uniform > 0
+        return self.catalogue or self.uniform > 0 or self.per_query > 0
 
 
 def check_range(key: str, value: float, *, above: float | None = None, least: float | None = None, below: float | None = None) -> None:

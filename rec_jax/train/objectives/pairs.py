@@ -1,4 +1,4 @@
-"""Losses of single pairs and triples of the global batch: binary cross-entropy, sigmoid, triplet."""
+"""Losses of single pairs and triples: binary cross-entropy, sigmoid, triplet."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rec_jax.losses import bce_with_negatives, sigmoid_loss, triplet_loss
+from rec_jax.losses import bce_with_negatives, gbce_weight, sampled_bce, sigmoid_loss, triplet_loss
 from rec_jax.losses.triplet import MINING
 from rec_jax.train.objectives import base
 from rec_jax.types import Batch, Context, Outputs, RecJaxError
+
+DRAWS = ("batch", "catalogue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +23,22 @@ class BCESpec:
 
     negatives: int
     scale: float
+    draw: str = "batch"
+    calibration: float = 0.0
+    learn_scale: bool = True
 
     def __post_init__(self) -> None:
         base.check_range("bce.negatives", self.negatives, least=1)
         base.check_range("bce.scale", self.scale, above=0)
+        place = "config.objectives.bce"
+        if self.draw not in DRAWS:
+            raise RecJaxError(f"{place}.draw={self.draw!r}: expected one of {', '.join(DRAWS)}")
+        if not 0 <= self.calibration <= 1:
+            raise RecJaxError(f"{place}.calibration={self.calibration!r}: must be between 0 (none) and 1")
+        if self.calibration and self.draw != "catalogue":
+            raise RecJaxError(
+                f"{place}.calibration={self.calibration} is for negatives drawn uniformly from all items: set {place}.draw='catalogue'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +67,47 @@ class TripletSpec:
 
 
 def bce(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Binary cross-entropy of the target against targets drawn from the global batch -> (loss, metrics).
+    """Binary cross-entropy of the target against drawn items: targets of the global batch, or the catalogue's -> (loss, metrics).
 
-    Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3.5, with K negatives.
+    Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3.5, with K negatives; calibration after Petrov &
+    Macdonald, "gSASRec" (2023), section 5.
     """
-    query = base.flat(outputs.user)
-    ids, weights = base.flat(base.target_ids(batch)), base.mean_weights(batch)
+    scale, bias = (context.scalars["bce_scale"], context.scalars["bce_bias"]) if spec.learn_scale else (spec.scale, 0.0)
+    against = _against_catalogue if spec.draw == "catalogue" else _against_batch
+    loss = jnp.sum(against(outputs, batch, context, spec, scale, bias) * base.mean_weights(batch))
+    return loss, {"bce": loss}
+
+
+def _against_batch(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec, scale: Any, bias: Any) -> jax.Array:
+    """Losses [G * Q] against targets of the global batch."""
+    query, ids = base.flat(outputs.user), base.flat(base.target_ids(batch))
     # Negatives are drawn by weight, so that padding is never one of them.
-    logits = jnp.log(jnp.maximum(weights, 1e-30))
+    logits = jnp.log(jnp.maximum(base.mean_weights(batch), 1e-30))
     negatives = jax.random.categorical(context.rng, logits, shape=(query.shape[0], spec.negatives))
-    losses = bce_with_negatives(
+    return bce_with_negatives(
         query,
         base.targets(outputs, batch),
         jnp.arange(query.shape[0]),
         negatives=negatives,
-        scale=context.scalars["bce_scale"],
-        bias=context.scalars["bce_bias"],
+        scale=scale,
+        bias=bias,
         query_ids=ids,
         item_ids=ids,
     )
-    loss = jnp.sum(losses * weights)
-    return loss, {"bce": loss}
+
+
+def _against_catalogue(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec, scale: Any, bias: Any) -> jax.Array:
+    """Losses [G * Q] against items drawn for each query."""
+    query, k = outputs.user, spec.negatives
+    positive = jnp.einsum("gqd,gqd->gq", query, base.lookup(outputs.item, batch.targets))
+    negatives = jnp.einsum("gqd,gqkd->gqk", query, outputs.query_drawn[:, :, :k])
+    weight = 1.0
+    if spec.calibration:
+        weight = gbce_weight(calibration=spec.calibration, negatives=k, items=len(context.log_q))
+    losses = sampled_bce(
+        scale * positive + bias, scale * negatives + bias, mask=outputs.query_drawn_ids[:, :, :k] >= 0, positive_weight=weight
+    )
+    return base.flat(losses)
 
 
 def sigmoid(outputs: Outputs, batch: Batch, context: Context, spec: SigmoidSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -123,7 +157,8 @@ def triplet(outputs: Outputs, batch: Batch, context: Context, spec: TripletSpec)
 def make_bce(weight: float, keys: dict[str, Any]) -> base.Objective:
     """`config.objectives.bce` -> Objective."""
     spec = BCESpec(**keys)
-    return base.Objective("bce", weight, spec, bce, (("bce_scale", spec.scale), ("bce_bias", 0.0)))
+    scalars = (("bce_scale", spec.scale), ("bce_bias", 0.0)) if spec.learn_scale else ()
+    return base.Objective("bce", weight, spec, bce, scalars, per_query=spec.negatives if spec.draw == "catalogue" else 0)
 
 
 def make_sigmoid(weight: float, keys: dict[str, Any]) -> base.Objective:
