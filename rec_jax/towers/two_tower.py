@@ -1,6 +1,6 @@
 """The item tower and the user tower: their parameters, and vectors of items and users. `batches` sends batches through them.
 
-Item tower: text -> FlaxBert -> pooled -> head (IDs and features join at the head's input). User tower: `history`, a causal
+Item tower: text -> FlaxBert -> pooled -> head, and items' own vectors added to that, or these alone. User tower: `history`, a causal
 transformer over item vectors, `text`, the history written out and encoded by the same FlaxBert and head, or `id`, a vector of each user.
 """
 
@@ -22,6 +22,7 @@ from rec_jax.towers.dropout import fold
 from rec_jax.towers.pool import pool_segments
 from rec_jax.types import Array, Params, RecJaxError
 
+ID_SCALE = 0.02  # standard deviation, at the start, of the numbers of items' own vectors where there is no text beside them
 ID_ROWS = 256  # a table of ID vectors has a multiple of this many rows, so that up to 256 devices hold equal parts of it, whatever N is
 
 
@@ -37,6 +38,7 @@ class TwoTowerSpec:
       texts_per_row: K of packed rows.
       head, hidden: kind and inner width of the item head.
       n_ids: N where each catalogue item also has a vector of its own, added to the head's; 0 = text only.
+      item_text: False: an item is its own vector alone; there is no head.
       id_dropout: probability that a training step knows an item by its text alone.
       text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
       user: "history", "text", "id", or "none": an encoder alone.
@@ -57,6 +59,7 @@ class TwoTowerSpec:
     user: str
     history: history.HistorySpec | None
     n_users: int = 0
+    item_text: bool = True
     id_dropout: float = 0.0
     text_length: float = 0.0
     task: interactions.InteractionSpec | None = None
@@ -95,6 +98,8 @@ def make_spec(
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r}: must be at least 0 and below 1")
     if towers.item.id_dropout and not towers.item.ids:
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} drops items' own vectors: set config.towers.item.ids")
+    if not towers.item.text and towers.item.id_dropout:
+        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} leaves nothing of an item without text: set it to 0")
     if towers.item.text_length < 0:
         raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
@@ -109,6 +114,7 @@ def make_spec(
         head=towers.item.head,
         hidden=towers.item.hidden,
         n_ids=n_items if towers.item.ids else 0,
+        item_text=towers.item.text,
         user=u.kind,
         history=tower,
         n_users=n_users if u.kind == "id" else 0,
@@ -137,10 +143,10 @@ def make_spec(
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
-    """Fresh parameters {"item", "ids"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
+    """Fresh parameters {"item"?, "ids"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
 
-    ID vectors of items start at zero: an item begins as what its text says. Their table has N rows filled up to a multiple of ID_ROWS, that
-    of users has U so; nothing reads the rows behind.
+    ID vectors of items start at zero: an item begins as what its text says. Without text they are drawn, small. Their table has N rows
+    filled up to a multiple of ID_ROWS, that of users has U so; nothing reads the rows behind.
 
     Args:
       key: typed key.
@@ -149,11 +155,14 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
       table: text vectors of the catalogue [N, D_text], to start the head as their whitening; None = a random head.
     """
     item_key, user_key, text_key = jax.random.split(key, 3)
-    # Under jit: op by op, the initialisers would compile one by one.
-    item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
-    params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)}
+    params: dict[str, Any] = {}
+    if spec.item_text:
+        # Under jit: op by op, the initialisers would compile one by one.
+        item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
+        params["item"] = item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)
     if spec.n_ids:
-        params["ids"] = {"embedding": jnp.zeros((_id_rows(spec.n_ids), spec.dim))}
+        shape = (_id_rows(spec.n_ids), spec.dim)
+        params["ids"] = {"embedding": jnp.zeros(shape) if spec.item_text else ID_SCALE * jax.random.normal(item_key, shape)}
     if spec.user == "id":
         draw = jax.random.normal(fold(key, "users"), (_id_rows(spec.n_users), spec.dim))
         params["users"] = {"embedding": draw * spec.dim**-0.5}
@@ -193,15 +202,22 @@ def text_item_vectors(params: Params, spec: TwoTowerSpec, text: Array, ids: jax.
     return unit_length(out) if spec.normalize else out
 
 
-def item_vectors(params: Params, spec: TwoTowerSpec, text: Array) -> jax.Array:
-    """Text vectors of the whole catalogue [N, D_text] -> item vectors [N, D]."""
-    return text_item_vectors(params, spec, text, params["ids"]["embedding"][: spec.n_ids] if spec.n_ids else None)
+def item_vectors(params: Params, spec: TwoTowerSpec, text: Array | None) -> jax.Array:
+    """Text vectors of the whole catalogue [N, D_text] -> item vectors [N, D]; None where items have no text (`spec.item_text`)."""
+    return _with_own(params, spec, text, params["ids"]["embedding"][: spec.n_ids] if spec.n_ids else None)
 
 
-def some_items(params: Params, spec: TwoTowerSpec, text: Array, ids: Array) -> jax.Array:
-    """Text vectors [..., D_text] of the catalogue items `ids` [...] -> item vectors [..., D]."""
-    own = jnp.take(params["ids"]["embedding"], jnp.maximum(ids, 0), axis=0) if spec.n_ids else None
-    return text_item_vectors(params, spec, text, own)
+def some_items(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Array) -> jax.Array:
+    """Text vectors [..., D_text] of the catalogue items `ids` [...], None where items have no text -> item vectors [..., D]."""
+    return _with_own(params, spec, text, jnp.take(params["ids"]["embedding"], jnp.maximum(ids, 0), axis=0) if spec.n_ids else None)
+
+
+def _with_own(params: Params, spec: TwoTowerSpec, text: Array | None, own: jax.Array | None) -> jax.Array:
+    if spec.item_text:
+        assert text is not None
+        return text_item_vectors(params, spec, text, own)
+    assert own is not None  # `config.check`
+    return unit_length(own) if spec.normalize else own
 
 
 def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:
