@@ -9,7 +9,9 @@ import optax
 import pytest
 import tiny
 
+from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
+from rec_jax.data.pipeline import BatchSpec
 from rec_jax.eval import encoder, model, teacher
 from rec_jax.towers import batches, two_tower
 from rec_jax.train import __main__ as command
@@ -133,6 +135,18 @@ def test_a_model_of_such_items_has_no_text_vectors():
     np.testing.assert_allclose(found, own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-6)
 
 
+@pytest.mark.parametrize(("preset", "objective"), [("sasrec", "bce"), ("sasrec_ce", "info_nce")])
+def test_the_presets_are_sasrec(preset, objective):
+    c = config_lib.load(f"configs/sequences.py:{preset}")
+    towers = two_tower.make_spec(c.towers, tiny.bert_spec(), texts_per_row=8, n_items=tiny.N_ITEMS)
+    spec = stages.make_step(c, towers, BatchSpec.from_config(c))
+    (only,) = spec.objectives
+    assert (only.name, only.weight, only.scalars) == (objective, 1.0, ())  # dot products as they are: nothing scales them
+    assert only.per_query == (objective == "bce")
+    assert only.catalogue == (objective == "info_nce")
+    assert (towers.normalize, towers.item_text, towers.n_ids, towers.history.dim) == (False, False, tiny.N_ITEMS, 50)
+
+
 @pytest.mark.slow
 def test_a_whole_run_never_encodes_a_text(tmp_path, monkeypatch, capsys):
     """Train, test, load and recommend; then going on with a new item: no text is ever encoded."""
@@ -149,30 +163,25 @@ def test_a_whole_run_never_encodes_a_text(tmp_path, monkeypatch, capsys):
     flags = {
         "data.on_bad.duplicate_event": "keep",
         "data.cache": str(tmp_path / "cache"),
-        "towers.item.text": "False",
-        "towers.dim": "16",
         "batch.history_length": "16",
         "train.duration": "6 steps",
         "train.eval_every": "3 steps",
         "eval.baselines": "('popularity',)",
-        "eval.fuse": "",
     }
 
-    def train(name, **more):
+    def train(name, preset, **more):
         words = [f"--config.{k}={v}" for k, v in {**flags, **more}.items()]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
         words += [f"--config.data.path={tmp_path / name}.txt", f"--workdir={tmp_path / name}"]
-        assert command.main(["--config=configs/sequences.py", *words]) == 0
+        assert command.main([f"--config=configs/sequences.py:{preset}", *words]) == 0
         return capsys.readouterr().out
 
-    assert "text vectors" not in train("old")
+    assert "text vectors" not in train("old", "sasrec")
     trained = model.load(tmp_path / "old")
-    assert trained.items.shape == (24, 16)
-    own = np.asarray(trained.params["ids"]["embedding"])[:24]
-    np.testing.assert_allclose(trained.items, own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(trained.items, np.asarray(trained.params["ids"]["embedding"])[:24], atol=1e-6)
     lines[0] += " 25 26"
-    train("new", **{"start.path": str(tmp_path / "old")})
-    assert model.load(tmp_path / "new").items.shape == (26, 16)
+    train("new", "sasrec_ce", **{"start.path": str(tmp_path / "old")})
+    assert model.load(tmp_path / "new").items.shape == (26, 50)
     assert json.loads((tmp_path / "new" / "eval" / "test.json").read_text())["test/ndcg@10"] >= 0
 
 
