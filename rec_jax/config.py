@@ -177,6 +177,8 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError(f"config.batch.drop_events={config.batch.drop_events!r}: must be at least 0 and below 1; 0 leaves none out")
     if config.batch.kind == "pairs":
         _check_pairs(config)
+    if not config.towers.item.text:
+        _check_ids_alone(config)
     if config.eval.rerank < 0:
         raise RecJaxError(f"config.eval.rerank={config.eval.rerank}: must be at least 0, which ranks nothing anew")
     if config.towers.user.kind == "id" and config.batch.kind == "histories":
@@ -212,6 +214,22 @@ def _check_pairs(config: ConfigDict) -> None:
         raise RecJaxError(
             f"{kind} measures valid/pair_mrr and valid/pair_accuracy: config.train.monitor={config.train.monitor!r} is neither"
         )
+
+
+def _check_ids_alone(config: ConfigDict) -> None:
+    """Raises RecJaxError where a key does not go with items that have no text."""
+    alone = "config.towers.item.text=False"
+    if not config.towers.item.ids:
+        raise RecJaxError(f"{alone} leaves an item its own vector alone: set config.towers.item.ids=True")
+    if config.batch.kind in ("texts", "pairs"):
+        return  # a stage that makes no item vectors
+    if config.towers.text.source != "frozen":
+        raise RecJaxError(f"{alone} has no use for a trained encoder: set config.towers.text.source='frozen'")
+    if is_student(config):
+        raise RecJaxError(f"{alone} has no use for a student's encoder: leave config.towers.text.layers, width and static alone")
+    for name in ("distill_vectors", "distill_relations"):
+        if config.objectives[name].weight > 0 and config.objectives[name].of == "text":
+            raise RecJaxError(f"{alone} has no text vectors: set config.objectives.{name}.of to 'item' or 'user'")
 
 
 def _check_keys(config: ConfigDict, reference: ConfigDict, place: str) -> None:

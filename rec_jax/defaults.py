@@ -104,6 +104,7 @@ def defaults() -> ConfigDict:
     c.towers.item.head = "linear"  # linear | mlp: text vector -> item vector
     c.towers.item.whiten = True  # the head starts as PCA whitening of the catalogue's text vectors
     c.towers.item.hidden = 256  # width of the mlp head
+    c.towers.item.text = True  # False: an item is its own vector alone (ids), drawn small at the start; texts are not used
     c.towers.item.ids = False  # each catalogue item also has a trained vector of its own, zero at the start, added to its text's
     # Length, at the start, of what a whitened head makes of texts; 0 = sqrt(dim). The longer, the later items' own vectors count beside it
     c.towers.item.text_length = 0.0

@@ -1,4 +1,4 @@
-"""What several configs share: the four stages, and the chain with one of them left out."""
+"""What several configs share: what sequences want, SASRec, the four stages, and the chain with one of them left out."""
 
 from __future__ import annotations
 
@@ -34,6 +34,36 @@ def sequences(c: ConfigDict) -> None:
     c.train.patience = 4
     c.eval.max_users = 5000
     c.eval.fuse = "sequence_knn"
+
+
+def sasrec(c: ConfigDict, *, loss: str) -> None:
+    """Makes a config of sequences SASRec: IDs alone, dot products, sizes, dropout and optimizer as published for sparse data (dropout
+    0.2, histories of 200 and their rows for MovieLens-1M). `c` is changed in place.
+
+    Two things are ours: the blocks are the history tower's (RMSNorm before them, GELU, a linear map before and behind), and a batch is
+    800 places of packed histories, about 128 users of Amazon Beauty, where the paper has 128 padded ones.
+
+    Args:
+      c: a config that `sequences` has made.
+      loss: "bce": as published, one item that is not in the window is drawn for each place. "ce": the softmax over the whole catalogue.
+
+    Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 4.4; Klenitskiy & Vasilev, "Turning Dross Into
+    Gold Loss: is BERT4Rec really better than SASRec?" (2023), for the softmax.
+    """
+    c.towers.dim, c.towers.normalize = 50, False
+    c.towers.item.text, c.towers.item.ids, c.towers.item.text_length = False, True, 0.0
+    c.towers.user.layers, c.towers.user.heads, c.towers.user.mlp, c.towers.user.dropout = 2, 1, 50, 0.5
+    c.batch.history_rows, c.batch.history_length = 2, 50
+    c.objectives.bce.negatives, c.objectives.bce.draw = 1, "catalogue"
+    c.objectives.bce.scale, c.objectives.bce.learn_scale = 1.0, False
+    c.objectives.info_nce.temperature, c.objectives.info_nce.learn_temperature = 1.0, False
+    c.objectives.bce.weight, c.objectives.info_nce.weight = {"bce": (1.0, 0.0), "ce": (0.0, 1.0)}[loss]
+    c.optimizer.learning_rate, c.optimizer.beta2 = 1e-3, 0.98
+    c.optimizer.schedule, c.optimizer.warmup = "constant", "0 steps"
+    c.optimizer.weight_decay, c.optimizer.clip = 0.0, 0.0
+    # The paper stops after 20 epochs without improvement.
+    c.train.duration, c.train.eval_every, c.train.checkpoint_every, c.train.patience = "200 epochs", "5 epochs", "5 epochs", 4
+    c.eval.fuse = ""
 
 
 def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> None:

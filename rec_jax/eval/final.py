@@ -80,7 +80,7 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
     elif config.batch.kind == "impressions":
         trained = load(workdir, stage, say=say)
         table = trained.model.table
-        if table is None:
+        if table is None and trained.model.spec.item_text:
             table = text_vectors(trained.model.tokens, trained.params["text"], trained.model.spec.text, config.batch.row_tokens)
         found = labelled.Labelled(trained.model.spec, prepared, trained.model.features).measure(trained.params, table, split)
         if logged.asked(config, prepared, split):

@@ -41,12 +41,12 @@ class Labelled:
             )
         )
 
-    def logits(self, params: Params, table: np.ndarray, impressions: Impressions) -> np.ndarray:
+    def logits(self, params: Params, table: np.ndarray | None, impressions: Impressions) -> np.ndarray:
         """Impressions [E], text vectors of the catalogue [N, D_text] -> logits [E, L]."""
         made = [np.asarray(self._scores(params, block, table, self._features))[0] for block in blocks(impressions, BLOCK)]
         return np.concatenate(made)[: len(impressions)]
 
-    def measure(self, params: Params, table: np.ndarray, split: str) -> dict[str, float]:
+    def measure(self, params: Params, table: np.ndarray | None, split: str) -> dict[str, float]:
         """Metrics of a part of the data, SPLIT/METRIC for the first task and SPLIT/TASK/METRIC for the others."""
         impressions = self._prepared.impressions(split)
         return metrics_of(self.logits(params, table, impressions), impressions, split)

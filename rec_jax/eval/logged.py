@@ -74,13 +74,13 @@ class Logged:
         self.allowed = allowed_items(prepared)
         plain = two_tower.with_encoder(spec, False)
 
-        def logits(params: Params, batch: Any, table: Array, features: Any) -> jax.Array:
+        def logits(params: Params, batch: Any, table: Array | None, features: Any) -> jax.Array:
             made = batches.encode_batch(params, plain, batch, table=table, features=features, catalogue=True, keys=None)
             return jnp.einsum("gqd,nd->gqn", made.user, made.catalogue) / temperature
 
         self._logits = jax.jit(logits)
 
-    def probabilities(self, params: Params, table: np.ndarray, impressions: Impressions) -> np.ndarray:
+    def probabilities(self, params: Params, table: np.ndarray | None, impressions: Impressions) -> np.ndarray:
         """Impressions [E], text vectors of the catalogue [N, D_text] -> the policy's probability of every item [E, N] float64.
 
         Rows sum to 1; items that the train part never showed have 0.
@@ -89,7 +89,7 @@ class Logged:
         logits = np.concatenate(made)[: len(impressions)]
         return scipy.special.softmax(np.where(self.allowed, logits, -np.inf), axis=1)
 
-    def measure(self, params: Params, table: np.ndarray, split: str, say: Say) -> dict[str, float]:
+    def measure(self, params: Params, table: np.ndarray | None, split: str, say: Say) -> dict[str, float]:
         """Values by SPLIT/policy_value_NAME for the names of ROWS, with _low, _high (95%), _rows (effective) and _mean_weight of each.
 
         And _rewards of those that are weighted, see `effective_rewards`. Impressions whose reward (the first label) was not observed are

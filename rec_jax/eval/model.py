@@ -76,7 +76,7 @@ class Model:
         if step is not None and self.validated is not None and self.validated[0] == step:
             return self.validated[1]
         params, table = two_tower.merged(params, self.spec), self.table
-        if self.spec.encode and (step != 0 or table is None):
+        if self.spec.item_text and self.spec.encode and (step != 0 or table is None):
             table = text_vectors(self.tokens, params["text"], self.spec.text, self.config.batch.row_tokens, shared=self.shared)
         return np.asarray(self._items(params, table, self.features))
 
@@ -215,10 +215,12 @@ def make_model(
     """The model that a stage's config describes; `coding` is as for `towers_of`, and see `Model` for `shared`.
 
     It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
-    `candidates` while it is trained: then histories are encoded in the step, and the candidates are those of the stage's start.
+    `candidates` while it is trained: then histories are encoded in the step, and the candidates are those of the stage's start. It has
+    none where items have no text.
     """
     spec = towers_of(config, prepared, bert[1], coding)
-    table = text_table(config, tokens, bert[0], spec.text, say, shared=shared) if candidates or not spec.encode else None
+    wanted = spec.item_text and (candidates or not spec.encode)
+    table = text_table(config, tokens, bert[0], spec.text, say, shared=shared) if wanted else None
     features = None if coding is None else coding.arrays(prepared)
     return Model(config, prepared, tokens, spec, table, features=features, shared=shared)
 

@@ -42,7 +42,7 @@ def teacher_of(
         stage = config.teacher.stage or (None if path else before)
         spec, params, text_params, features = _trained(epath.Path(path or workdir), stage, path, tokens, say)
     spec = dataclasses.replace(two_tower.with_encoder(spec, config.teacher.source == "online"), task=None)
-    table = text_table(config, tokens, text_params, spec.text, say, shared=True)
+    table = text_table(config, tokens, text_params, spec.text, say, shared=True) if spec.item_text else None
     return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table, "features": features}
 
 
@@ -77,7 +77,7 @@ def mark_of(config: Any) -> str:
 def towers_of_encoder(config: Any, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:
     """Towers that are no more than an encoder: they make text vectors alone."""
     t, k = config.towers, packing.texts_per_row(config.batch.row_tokens)
-    return dataclasses.replace(two_tower.make_spec(t, bert, texts_per_row=k, n_items=0), user="none", n_ids=0, history=None)
+    return dataclasses.replace(two_tower.make_spec(t, bert, texts_per_row=k, n_items=0), user="none", n_ids=0, item_text=True, history=None)
 
 
 def _is_encoder(path: str) -> bool:

@@ -59,7 +59,7 @@ def encode_batch(
       params: of `two_tower.init`.
       spec: kinds and sizes.
       batch: see `types.Batch`.
-      table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`.
+      table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`, and not where items have no text.
       features: of the catalogue's items, kind -> name -> [N, ...]; needed where `spec.features` says that the towers read some.
       catalogue: also the vectors of all items, by the table, or by `texts` where they are given.
       keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, "view" (item rows
@@ -80,7 +80,7 @@ def encode_batch(
         batch, scores without a task head.
     """
     drawn = drawn_ids is not None or query_drawn_ids is not None
-    if table is None and ((catalogue and texts is None) or drawn or not spec.encode):
+    if spec.item_text and table is None and ((catalogue and texts is None) or drawn or not spec.encode):
         raise RecJaxError("vectors of the catalogue need a table of text vectors: towers.text.source='frozen', or batch candidates")
     if (views or layers or texts is not None) and not spec.encode:
         raise RecJaxError("two views of a text, and its layers, need the encoder in the step: towers.text.source='tokens'")
@@ -98,21 +98,20 @@ def encode_batch(
         pooled = _packed(params, spec, batch.item_tokens, batch.item_segments, _key(keys, stream), chunk_rows, mesh)
         return _lookup(pooled, batch.item_places)
 
-    text = text_of_items("text") if spec.encode else jnp.take(jnp.asarray(table), jnp.maximum(batch.item_ids, 0), axis=0)
+    text = text_of_items("text") if spec.encode else _rows_of(table, batch.item_ids)
     if spec.user == "none":
         return Outputs(text=text)
     item = over_batch(some_items(params, spec, text, batch.item_ids, features))
     out = Outputs(user=_users(params, spec, batch, item, keys, chunk_rows, mesh), item=item, text=text, drawn_ids=drawn_ids)
     if views:
+        assert text is not None
         out.views = text_item_vectors(params, spec, jnp.stack([text, text_of_items("view")]))
     if history_views:
         out.history_views = _history_views(params, spec, batch, item, _key(keys, "history_view"))
     if catalogue:
-        everything = table if texts is None else _all_texts(params, spec, texts)
-        assert everything is not None
-        out.catalogue = item_vectors(params, spec, everything, features)
+        out.catalogue = item_vectors(params, spec, table if texts is None else _all_texts(params, spec, texts), features)
     if drawn_ids is not None:
-        out.drawn = some_items(params, spec, jnp.take(jnp.asarray(table), drawn_ids, axis=0), drawn_ids, features)
+        out.drawn = some_items(params, spec, _rows_of(table, drawn_ids), drawn_ids, features)
     if query_drawn_ids is not None:
         out.query_drawn = _drawn_for_queries(params, spec, table, query_drawn_ids, features)
         out.query_drawn_ids = query_drawn_ids
@@ -123,14 +122,19 @@ def encode_batch(
     return out
 
 
+def _rows_of(table: Array | None, ids: Array) -> jax.Array | None:
+    """Text vectors [..., D_text] of catalogue items [...]; None without a table. -1 gives row 0."""
+    return None if table is None else jnp.take(jnp.asarray(table), jnp.maximum(ids, 0), axis=0)
+
+
 def _drawn_for_queries(
     params: Params, spec: TwoTowerSpec, table: Array | None, ids: jax.Array, features: features_lib.Rows | None
 ) -> jax.Array:
     """Catalogue items [G, Q, K] -> vectors [G, Q, K, D], each made where it is drawn, or all once where more are drawn than there are."""
-    table, ids = jnp.asarray(table), over_batch(jnp.maximum(ids, 0))
-    if ids.size > len(table):
+    ids = over_batch(jnp.maximum(ids, 0))
+    if table is not None and ids.size > len(table):
         return over_batch(jnp.take(item_vectors(params, spec, table, features), ids, axis=0))
-    return over_batch(some_items(params, spec, jnp.take(table, ids, axis=0), ids, features))
+    return over_batch(some_items(params, spec, _rows_of(table, ids), ids, features))
 
 
 def _users(

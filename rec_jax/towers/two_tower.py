@@ -1,7 +1,8 @@
 """The item tower and the user tower: their parameters, and vectors of items and users. `batches` sends batches through them.
 
-Item tower: text -> FlaxBert -> pooled -> head, whose vector IDs and features join (`features`). User tower: `history`, a causal
-transformer over item vectors, `text`, the history written out and encoded by the same FlaxBert and head, or `id`, a vector of each user.
+Item tower: text -> FlaxBert -> pooled -> head, whose vector IDs and features join (`features`), or items' own vectors instead of text.
+User tower: `history`, a causal transformer over item vectors, `text`, the history written out and encoded by the same FlaxBert and head,
+or `id`, a vector of each user.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rec_jax.towers.dropout import fold
 from rec_jax.towers.pool import pool_segments
 from rec_jax.types import Array, Params, RecJaxError
 
+ID_SCALE = 0.02  # standard deviation, at the start, of the numbers of items' own vectors where there is no text beside them
 ID_ROWS = 256  # a table of ID vectors has a multiple of this many rows, so that up to 256 devices hold equal parts of it, whatever N is
 
 
@@ -38,6 +40,7 @@ class TwoTowerSpec:
       texts_per_row: K of packed rows.
       head, hidden: kind and inner width of the item head.
       n_ids: N where each catalogue item also has a vector of its own, added to the head's; 0 = text only.
+      item_text: False: an item is its own vector, and its features, alone; there is no head.
       id_dropout: probability that a training step does not know an item's own vector.
       features: what items have beside text and ID, or None.
       text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
@@ -59,6 +62,7 @@ class TwoTowerSpec:
     user: str
     history: history.HistorySpec | None
     n_users: int = 0
+    item_text: bool = True
     id_dropout: float = 0.0
     text_length: float = 0.0
     task: interactions.InteractionSpec | None = None
@@ -100,6 +104,8 @@ def make_spec(
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r}: must be at least 0 and below 1")
     if towers.item.id_dropout and not towers.item.ids:
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} drops items' own vectors: set config.towers.item.ids")
+    if not towers.item.text and towers.item.id_dropout:
+        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} leaves nothing of an item without text: set it to 0")
     if towers.item.text_length < 0:
         raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
@@ -114,6 +120,7 @@ def make_spec(
         head=towers.item.head,
         hidden=towers.item.hidden,
         n_ids=n_items if towers.item.ids else 0,
+        item_text=towers.item.text,
         user=u.kind,
         history=tower,
         n_users=n_users if u.kind == "id" else 0,
@@ -143,10 +150,10 @@ def make_spec(
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
-    """Fresh parameters {"item", "ids"?, "features"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
+    """Fresh parameters {"item"?, "ids"?, "features"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
 
-    ID vectors of items start at zero: an item begins as what its text says. Their table has N rows filled up to a multiple of ID_ROWS, that
-    of users has U so; nothing reads the rows behind.
+    ID vectors of items start at zero: an item begins as what its text says. Without text they are drawn, small. Their table has N rows
+    filled up to a multiple of ID_ROWS, that of users has U so; nothing reads the rows behind.
 
     Args:
       key: typed key.
@@ -155,11 +162,14 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
       table: text vectors of the catalogue [N, D_text], to start the head as their whitening; None = a random head.
     """
     item_key, user_key, text_key = jax.random.split(key, 3)
-    # Under jit: op by op, the initialisers would compile one by one.
-    item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
-    params: dict[str, Any] = {"item": item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)}
+    params: dict[str, Any] = {}
+    if spec.item_text:
+        # Under jit: op by op, the initialisers would compile one by one.
+        item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
+        params["item"] = item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)
     if spec.n_ids:
-        params["ids"] = {"embedding": jnp.zeros((_id_rows(spec.n_ids), spec.dim))}
+        shape = (_id_rows(spec.n_ids), spec.dim)
+        params["ids"] = {"embedding": jnp.zeros(shape) if spec.item_text else ID_SCALE * jax.random.normal(item_key, shape)}
     if spec.features is not None:
         params["features"] = features_lib.init(fold(key, "features"), spec.features, spec.dim)
     if spec.user == "id":
@@ -195,25 +205,35 @@ def with_encoder(spec: TwoTowerSpec, encode: bool) -> TwoTowerSpec:
 
 
 def text_item_vectors(
-    params: Params, spec: TwoTowerSpec, text: Array, ids: jax.Array | None = None, features: features_lib.Rows | None = None
+    params: Params, spec: TwoTowerSpec, text: Array | None, ids: jax.Array | None = None, features: features_lib.Rows | None = None
 ) -> jax.Array:
     """Text vectors [..., D_text] -> item vectors [..., D].
 
     Args:
       params, spec: of the towers.
-      text: text vectors.
+      text: text vectors; None where items have none (`spec.item_text`), and are their own vectors alone.
       ids: [..., D], added where items have vectors of their own.
       features: rows of these items, where they have features; None = by text and ID alone.
     """
-    out = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
-    out = out if ids is None else out + ids
+    if spec.item_text:
+        assert text is not None
+        out = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
+        out = out if ids is None else out + ids
+    else:
+        assert ids is not None  # `config.check`
+        out = ids
     if spec.features is not None and features is not None:
         out = features_lib.fuse(params["features"], spec.features, out, features)
     return unit_length(out) if spec.normalize else out
 
 
-def item_vectors(params: Params, spec: TwoTowerSpec, text: Array, features: features_lib.Rows | None = None) -> jax.Array:
-    """Text vectors of the whole catalogue [N, D_text], rows of its features [N, ...] if the towers read some -> item vectors [N, D].
+def item_vectors(params: Params, spec: TwoTowerSpec, text: Array | None, features: features_lib.Rows | None = None) -> jax.Array:
+    """Text vectors of the whole catalogue [N, D_text] -> item vectors [N, D].
+
+    Args:
+      params, spec: of the towers.
+      text: None where items have no text (`spec.item_text`).
+      features: rows of all items [N, ...], if the towers read some.
 
     Raises:
       RecJaxError: the towers read features, and none are given.
@@ -221,7 +241,7 @@ def item_vectors(params: Params, spec: TwoTowerSpec, text: Array, features: feat
     return text_item_vectors(params, spec, text, params["ids"]["embedding"][: spec.n_ids] if spec.n_ids else None, _given(spec, features))
 
 
-def some_items(params: Params, spec: TwoTowerSpec, text: Array, ids: Array, features: features_lib.Rows | None = None) -> jax.Array:
+def some_items(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Array, features: features_lib.Rows | None = None) -> jax.Array:
     """Text vectors [..., D_text] of the catalogue items `ids` [...], features of the whole catalogue -> item vectors [..., D].
 
     Raises:

@@ -235,10 +235,11 @@ class _Run:
         if config.batch.kind == "pairs":
             return self._pair_task(config, name, folder)
         row = config.batch.row_tokens
-        encoding = (
-            plan.text_flops(self.encoder[1], int(self.tokens.lengths().sum()), row_tokens=row, train=False) / self.speed / plan.TEXT_SHARE
-        )
-        clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
+        encoding = 0.0
+        if config.towers.item.text:
+            tokens = int(self.tokens.lengths().sum())
+            encoding = plan.text_flops(self.encoder[1], tokens, row_tokens=row, train=False) / self.speed / plan.TEXT_SHARE
+            clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
         table = any(o.table for o in made)
         self.model = model = model_lib.make_model(
             config, prepared, self.tokens, self.encoder, clock.say, coding=self.coding, candidates=table, shared=True
@@ -264,7 +265,7 @@ class _Run:
 
             def evaluate(params: Params, *, step: int) -> dict[str, float]:
                 texts = model.table
-                if texts is None:
+                if texts is None and model.spec.item_text:
                     texts = encoder_lib.text_vectors(self.tokens, params["text"], model.spec.text, row)
                 return measured.measure(params, texts, "valid")
 

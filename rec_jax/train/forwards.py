@@ -149,7 +149,7 @@ def teacher_outputs(spec: StepSpec, batch: Batch, constants: Constants, drawn_id
         features=constants.teacher.get("features"),
         catalogue=any(o.catalogue for o in teachers),
         keys=None,
-        drawn_ids=drawn_ids if constants.teacher["table"] is not None else None,
+        drawn_ids=drawn_ids if constants.teacher["table"] is not None or not spec.teacher.item_text else None,
         layers=any(o.layers for o in teachers),
         chunk_rows=spec.chunk_rows,
         mesh=mesh,

@@ -50,6 +50,7 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
     catalogue, views = any(o.catalogue for o in spec.objectives), any(o.views for o in spec.objectives)
     passes = 3.0 * (2 if views else 1) + (1.0 if spec.momentum else 0.0)  # a backward pass costs two forward ones
     head = 2.0 * (towers.text.width * towers.dim if towers.head == "linear" else towers.hidden * (towers.text.width + towers.dim))
+    head = head if towers.item_text else 0.0
     if towers.features is not None:
         head += 2.0 * sum(width for _, width in towers.features.vectors) * towers.features.dim
     total = 0.0
