@@ -54,6 +54,7 @@ def sasrec(c: ConfigDict, *, loss: str) -> None:
     c.towers.item.text, c.towers.item.ids, c.towers.item.text_length = False, True, 0.0
     c.towers.user.layers, c.towers.user.heads, c.towers.user.mlp, c.towers.user.dropout = 2, 1, 50, 0.5
     c.batch.history_rows, c.batch.history_length = 2, 50
+    c.batch.drop_events, c.objectives.info_nce.neighbour_share = 0.0, 0.0
     c.objectives.bce.negatives, c.objectives.bce.draw = 1, "catalogue"
     c.objectives.bce.scale, c.objectives.bce.learn_scale = 1.0, False
     c.objectives.info_nce.temperature, c.objectives.info_nce.learn_temperature = 1.0, False
