@@ -14,8 +14,8 @@ def sequences(c: ConfigDict) -> None:
     What mattered on Amazon Beauty: texts that begin as short vectors, so that items' own count beside them from the first steps (test
     NDCG@10 .032 to .045 in four epochs), width 128 (to .055), and an end after few epochs, for the items' own vectors soon learn the
     histories by heart (twelve: .052). What helps against that: neighbours as targets too (.0565 to .0572) and events left out (.0563
-    alone), which together bring more than each (.0599 to .0607). The slower second moment came with other changes; what it adds alone is not
-    measured.
+    alone), which together bring more than each (.0599 to .0607). The slower second moment came with other changes; what it adds alone
+    is not measured.
     """
     c.data.reader = "sequences"
     c.data.on_bad.empty_text = "keep"
