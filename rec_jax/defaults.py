@@ -120,9 +120,8 @@ def defaults() -> ConfigDict:
     # What the features do with the vector of text and ID: they are added | a linear layer takes all, one behind the other | each is added
     # as far as a gate, which sees that vector, lets it through
     c.towers.item.fusion = "sum"  # sum | concat | gate
-    c.towers.item.modality_dropout = (
-        0.0  # probability that a step does not know a feature of an item, for each; nothing is scaled up for it
-    )
+    # Probability that a step does not know a feature of an item, for each feature; nothing is scaled up for it
+    c.towers.item.modality_dropout = 0.0
     c.towers.user = ConfigDict()
     # history: causal transformer over item vectors | text: the history written out as text | id: a trained vector of each user
     c.towers.user.kind = "history"

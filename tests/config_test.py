@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rec_jax import config as config_lib
+from rec_jax import config_flags
 from rec_jax.types import RecJaxError
 
 CONFIG = """
@@ -263,13 +264,13 @@ def test_parse_args_collects_overrides_in_both_forms():
     parser.add_argument("--config")
     parser.add_argument("--workdir")
     argv = ["--config=a.py", "--config.seed=3", "--workdir", "w", "--config.data.path", "x=y", "--config=b.py"]
-    args, overrides = config_lib.parse_args(parser, argv)
+    args, overrides = config_flags.parse_args(parser, argv)
     assert (args.config, args.workdir) == ("b.py", "w")
     assert overrides == [("seed", "3"), ("data.path", "x=y")]
     with pytest.raises(RecJaxError, match=r"--config.seed has no value"):
-        config_lib.parse_args(parser, ["--config.seed"])
+        config_flags.parse_args(parser, ["--config.seed"])
     with pytest.raises(SystemExit):
-        config_lib.parse_args(parser, ["--wrokdir=w"])
+        config_flags.parse_args(parser, ["--wrokdir=w"])
 
 
 def test_cache_dir(tmp_path, monkeypatch):

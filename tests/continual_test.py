@@ -223,23 +223,7 @@ def test_figures_of_a_tiny_world_by_hand():
 
 # -- the whole --
 
-TINY = {
-    "towers.text.path": "scratch",
-    "towers.text.scratch.layers": 1,
-    "towers.text.scratch.width": 16,
-    "towers.text.scratch.heads": 2,
-    "towers.text.scratch.words": 200,
-    "towers.dim": 8,
-    "towers.user.layers": 1,
-    "batch.history_length": 16,
-    "optimizer.learning_rate": 1e-2,
-    "train.duration": "12 steps",
-    "train.eval_every": "6 steps",
-    "train.checkpoint_every": "6 steps",
-    "eval.k": "(5,10)",
-    "eval.baselines": "('popularity',)",
-    "data.on_bad.duplicate_event": "keep",
-}
+TINY = {**tiny.FLAGS, "train.duration": "12 steps", "train.eval_every": "6 steps", "train.checkpoint_every": "6 steps"}
 
 
 def train(folder, workdir, **changes):

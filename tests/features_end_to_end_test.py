@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from rec_jax.eval import final, model
 from rec_jax.serve.recommend import Recommender
@@ -12,25 +13,14 @@ from rec_jax.train import __main__ as command
 from rec_jax.types import RecJaxError
 
 TINY = {
-    "towers.text.path": "scratch",
-    "towers.text.scratch.layers": 1,
-    "towers.text.scratch.width": 16,
-    "towers.text.scratch.heads": 2,
-    "towers.text.scratch.words": 200,
-    "towers.dim": 8,
-    "towers.user.layers": 1,
+    **tiny.FLAGS,
     "towers.user.dropout": 0.0,
-    "batch.history_length": 16,
-    "optimizer.learning_rate": 1e-2,
     "train.duration": "8 steps",
     "train.log_every": "1 steps",
     "train.eval_every": "8 steps",
     "train.checkpoint_every": "8 steps",
     "train.monitor_goal": "min",
-    "eval.k": "(5,10)",
-    "eval.baselines": "('popularity',)",
     "eval.fuse": "",
-    "data.on_bad.duplicate_event": "keep",
 }
 KINDS = {"categorical": "('brand',)", "multi_hot": "('tags',)", "numeric": "('price',)"}
 COLORS = ("red", "green", "blue", "black", "white")

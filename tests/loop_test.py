@@ -29,6 +29,14 @@ class Valid:
         return {"valid/ndcg@10": self.values[min(self.calls, len(self.values)) - 1]}
 
 
+class Killed(Exception):
+    pass
+
+
+def kill():
+    raise Killed
+
+
 def run(folder, evaluate, mesh=None, last=None, **changes):
     mesh = mesh or tiny.one_device()
     return loop.train(tiny.task(tiny.config(**changes), folder, mesh=mesh, evaluate=evaluate, last=last), mesh)
@@ -56,12 +64,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, source):
     values = [0.1, 0.3, 0.2, 0.2, 0.2]
     whole = run(tmp_path / "whole", Valid(values), **changes)
 
-    class Killed(Exception):
-        pass
-
-    def kill():
-        raise Killed
-
     with pytest.raises(Killed):
         run(tmp_path / "parts", Valid(values, at_call=3, hook=kill), **changes)
     again = run(tmp_path / "parts", Valid(values[2:]), **changes)
@@ -79,12 +81,6 @@ def test_resumes_on_more_devices(tmp_path):
         "train.log_every": "1 steps",
     }
     run(tmp_path / "one", Valid([0.1, 0.2]), **changes)
-
-    class Killed(Exception):
-        pass
-
-    def kill():
-        raise Killed
 
     with pytest.raises(Killed):
         run(tmp_path / "both", Valid([0.1], at_call=2, hook=kill), **changes)

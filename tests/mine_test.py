@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from rec_jax import config as config_lib
+from rec_jax import config_flags
 from rec_jax.data import negatives
 from rec_jax.data.prepare import prepare
 from rec_jax.eval import encoder as encoder_lib
@@ -234,7 +235,7 @@ def test_command_mines_on_a_workdir_and_training_reads_the_file(data, tmp_path, 
 
     # Training reads them through its config; a file of another data set is refused.
     file, mesh = f"--config.data.negatives={tmp_path}/first/negatives.npz", tiny.one_device()
-    _, overrides = config_lib.parse_args(argparse.ArgumentParser(), [w for w in words(data, "W", file) if w.startswith("--config.")])
+    _, overrides = config_flags.parse_args(argparse.ArgumentParser(), [w for w in words(data, "W", file) if w.startswith("--config.")])
     config = config_lib.load("configs/sequences.py", overrides)
     batches = stages.make_batches(config, stages.Inputs(prepare(config), trained.model.tokens, trained.model.spec, {}), mesh)
     np.testing.assert_array_equal(batches.negatives, items)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from loop_test import Valid, assert_same, lines, run
+from loop_test import Killed, Valid, assert_same, kill, lines, run
 
 from rec_jax.checkpoint import Checkpoints
 from rec_jax.eval.workdir import best_params
@@ -72,12 +72,6 @@ def test_a_killed_run_finds_its_end_again(tmp_path, call):
     values = [0.2, 0.5, 0.4, 0.3, 0.6, 0.1]
     whole = run(tmp_path / "whole", Valid(values), **PLATEAU)
 
-    class Killed(Exception):
-        pass
-
-    def kill():
-        raise Killed
-
     with pytest.raises(Killed):
         run(tmp_path / "parts", Valid(values, at_call=call, hook=kill), **PLATEAU)
     saved = Checkpoints(tmp_path / "parts" / "checkpoints", read_only=True).latest_step()
@@ -85,3 +79,15 @@ def test_a_killed_run_finds_its_end_again(tmp_path, call):
     assert again == whole
     assert rates(tmp_path / "parts") == rates(tmp_path / "whole")
     assert_same(best_params(tmp_path / "parts")[0], best_params(tmp_path / "whole")[0])
+
+
+def test_a_run_killed_after_the_last_step_for_it_goes_down_as_well(tmp_path):
+    """Step 20 is the best so far and the last at which the way down can begin: what is saved there knows that it has begun."""
+    changes = {**PLATEAU, "train.duration": "30 steps", "train.checkpoint_every": "100 steps"}
+    values = list(np.linspace(0.1, 0.9, 30))
+    whole = run(tmp_path / "whole", Valid(values), **changes)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", Valid(values, at_call=6, hook=kill), **changes)
+    assert Checkpoints(tmp_path / "parts" / "checkpoints", read_only=True).latest_step() == 20
+    assert run(tmp_path / "parts", Valid(values[5:]), **changes) == whole
+    assert rates(tmp_path / "parts") == rates(tmp_path / "whole")

@@ -22,6 +22,21 @@ from rec_jax.train.step import loss_and_metrics
 from rec_jax.types import Ragged
 
 N_ITEMS, N_USERS, VOCAB = 60, 40, 50
+# Of a command on a small file of sequences: towers from scratch that train in seconds
+FLAGS = {
+    "towers.text.path": "scratch",
+    "towers.text.scratch.layers": 1,
+    "towers.text.scratch.width": 16,
+    "towers.text.scratch.heads": 2,
+    "towers.text.scratch.words": 200,
+    "towers.dim": 8,
+    "towers.user.layers": 1,
+    "batch.history_length": 16,
+    "optimizer.learning_rate": 1e-2,
+    "eval.k": "(5,10)",
+    "eval.baselines": "('popularity',)",
+    "data.on_bad.duplicate_event": "keep",
+}
 
 
 def bert_spec(**changes) -> BertSpec:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rec_jax import config as config_lib
+from rec_jax import config_flags
 from rec_jax.cli import main_of
 from rec_jax.types import RecJaxError
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     items.add_argument("--path", required=True, help="movies.dat, movies.csv or u.item")
     items.add_argument("--ids", default="", help="two columns: id in the sequence file, id in --path; default: they are the same")
     items.add_argument("--out", required=True, help="the TSV to write")
-    args, overrides = config_lib.parse_args(parser, argv)
+    args, overrides = config_flags.parse_args(parser, argv)
     if args.command != "items":
         _run(args.command, config_lib.load(args.config, overrides))
         return 0

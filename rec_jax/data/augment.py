@@ -230,7 +230,7 @@ def reorder_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> n
 
 
 def drop_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
-    """items [n] -> those that stay, in order: each goes with probability `rate`, but two always stay, a history and what follows it."""
+    """items [n] -> those that stay, in order: each goes with probability `rate`; where fewer than two would stay, none goes."""
     kept = rng.random(len(items)) >= rate
     return items[kept] if kept.sum() >= min(2, len(items)) else items
 

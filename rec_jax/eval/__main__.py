@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rec_jax import config as config_lib
+from rec_jax import config_flags
 from rec_jax.cli import main_of
 from rec_jax.eval import final
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rec_jax.eval", description=__doc__)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--split", default="test", choices=("valid", "test"))
-    args, overrides = config_lib.parse_args(parser, argv)
+    args, overrides = config_flags.parse_args(parser, argv)
     final.run(args.workdir, args.split, overrides=overrides)
     print(f"\nwritten to {args.workdir}/eval/{args.split}.json")
     return 0

@@ -169,7 +169,8 @@ class Model:
 def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.ndarray, int]]:
     """Lengths of histories [U], at most `longest` -> (at most `block` users, places) of each block: those of a block are about as long.
 
-    Places are SHORTEST, twice that, ... and `longest`, so that few shapes are compiled and less than half of the places are empty.
+    Places are SHORTEST, twice that, ... and `longest`, so that few shapes are compiled. Of all but the first less than half is
+    empty.
     """
     out, places, rest = [], min(SHORTEST, longest), np.arange(len(lengths))
     while len(rest):

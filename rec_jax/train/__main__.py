@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from rec_jax import config as config_lib
+from rec_jax import config_flags, processes
 from rec_jax import mesh as mesh_lib
-from rec_jax import processes
 from rec_jax.cli import main_of
 from rec_jax.data import corpus, feature_codes, text, text_batches, vocabulary
 from rec_jax.data import start as start_lib
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", required=True, help="a Python file with get_config(arg), and a preset after a colon")
     parser.add_argument("--workdir", required=True, help="a folder; the same one resumes")
     parser.add_argument("--stages", help="names with commas between them: of the config's stages, those to run, also again; default: all")
-    args, overrides = config_lib.parse_args(parser, argv)
+    args, overrides = config_flags.parse_args(parser, argv)
     config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
     mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)  # bad ones are said before anything else is done
     start_lib.check(config)
@@ -197,7 +197,7 @@ class _Run:
             began = time.perf_counter()
             self.encoder = encoder_lib.student_of(config, self.encoder, self.prepared)
             task = self._task(config, name, folder, before)
-            loop.train(task, self.mesh)
+            progress = loop.train(task, self.mesh)
             processes.barrier("trained")  # the last checkpoint is whole
             params, step = best_params(folder)
             self._keep(config, folder, params, step)
@@ -205,7 +205,8 @@ class _Run:
             before = name
             if name:
                 size = float(sum(int(np.size(x)) for x in jax.tree.leaves(task.params)))
-                self.on_disk.done(name, mark, {"seconds": time.perf_counter() - began, "parameters": size, "steps": float(task.loop.total)})
+                steps = float(progress.end(task.loop.total))
+                self.on_disk.done(name, mark, {"seconds": time.perf_counter() - began, "parameters": size, "steps": steps})
 
     def _follow(self, config: Any, params: Params) -> None:
         """What a stage has trained is what the next ones start from."""

@@ -245,10 +245,10 @@ class _Run:
                     self.pending = (step, metrics, examples, asked)
                     if step % loop.log_every == 0 or self._at_end(step):
                         self._report(step)
+                    if self.plateau and step == self._latest():
+                        self._cool_down(step)  # before anything is saved of this step: a resume must know it
                     if step % loop.eval_every == 0 or self._at_end(step):
                         self._evaluate(step)
-                    if self.plateau and step == self._latest():
-                        self._cool_down(step)
                     if step % loop.checkpoint_every == 0 or self._finished(step):
                         self._save(step)
                     self.display.tick(step)

@@ -36,6 +36,7 @@ from step import dot_flops
 from tpu_program import CHIPS, Collective, Program, roofline
 
 from rec_jax import config as config_lib
+from rec_jax import config_flags
 from rec_jax import mesh as mesh_lib
 from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import texts_per_row
@@ -259,7 +260,7 @@ def main() -> int:
     parser.add_argument("--sources", type=int, default=8, help="collectives to name with the operation that they come from")
     parser.add_argument("--check", action="store_true", help="compare with the goldens")
     parser.add_argument("--update_goldens", action="store_true", help="write the goldens of these cases anew")
-    args, args.overrides = config_lib.parse_args(parser, sys.argv[1:])
+    args, args.overrides = config_flags.parse_args(parser, sys.argv[1:])
     if importlib.util.find_spec("libtpu") is None:
         print("libtpu is not installed; it compiles for TPUs on any Linux machine: pip install libtpu==0.0.42", file=sys.stderr)
         return 2
