@@ -14,7 +14,7 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax.data import vocabulary
 from rec_jax.data.prepare import Prepared, prepare
-from rec_jax.eval import baselines, bootstrap, cross, fusion, labelled, logged, rankings, report
+from rec_jax.eval import baselines, bootstrap, cold, cross, fusion, labelled, logged, rankings, report
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, load_encoder, text_table, text_vectors, trained_text
 from rec_jax.eval.model import load, towers_of
 from rec_jax.eval.workdir import best_params, read_config
@@ -36,7 +36,8 @@ def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split:
             continue
         began = time.perf_counter()
         scorer = baselines.of_config(name, config, prepared)
-        out[name] = rankings.evaluate_scores(scorer, eval_set, ks=tuple(e.k), name=split, users_per_block=e.users_per_block).metrics
+        ranked = rankings.evaluate_scores(scorer, eval_set, ks=tuple(e.k), name=split, users_per_block=e.users_per_block)
+        out[name] = _with_cold(ranked, prepared, split)
         say(f"  {name}: {time.perf_counter() - began:.0f} s")
     return out
 
@@ -105,14 +106,21 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
     else:
         trained = load(workdir, stage, say=say)
         ranked = trained.model.rank(trained.params, prepared.eval_set(split), name=split, items=trained.items)
+    found = _with_cold(ranked, prepared, split)
     if stage:
-        report.write_json(folder / "eval" / f"{split}.json", ranked.metrics)
+        report.write_json(folder / "eval" / f"{split}.json", found)
     users = prepared.eval_set(split).users
     fingerprint = prepared.meta["fingerprint"]
     bootstrap.write_users(folder, split, users, ranked.per_user, fingerprint=fingerprint)
     if stage and stage == whole.stages[-1]:
         bootstrap.write_users(workdir, split, users, ranked.per_user, fingerprint=fingerprint)
-    return ranked.metrics, "texts" if config.batch.kind == "texts" else "ranking"
+    return found, "texts" if config.batch.kind == "texts" else "ranking"
+
+
+def _with_cold(ranked: rankings.Rankings, prepared: Prepared, split: str) -> Metrics:
+    """The metrics, and those of cold targets alone."""
+    ks = sorted({int(name.partition("@")[2]) for name in ranked.metrics if name.startswith(f"{split}/ndcg@")})
+    return ranked.metrics | cold.measure(ranked.ranks, prepared.eval_set(split), prepared.item_counts(), ks=ks, name=split)
 
 
 def _ranking_stage_before(whole: Any, stage: str | None) -> str | None:
@@ -168,9 +176,13 @@ def run(workdir: epath.PathLike, split: str = "test", *, overrides: Sequence[tup
             row, both = _fuse(workdir, config, whole.stages[-1] if whole.stages else None, prepared, split, say)
             table[row] = rows[row] = both
             flat |= _named({fusion.FOLDER: both}, split) | {f"{fusion.FOLDER}/weight": both["weight"]}
-        for title, prefix in ((f"{split}: items of the history removed", split), (f"{split}: nothing removed", f"{split}_all")):
+        titles = {split: "items of the history removed", f"{split}_all": "nothing removed"}
+        if users := last.get(f"{split}_cold/users"):
+            most = cold.most_seen(prepared.item_counts())
+            titles[f"{split}_cold"] = f"the {users:,} users whose target training saw at most {most} times (a tenth of the items or more)"
+        for prefix, title in titles.items():
             shown = {name: {c: m[f"{prefix}/{c}"] for c in COLUMNS if f"{prefix}/{c}" in m} for name, m in table.items()}
-            say(f"\n{title}\n{report.table(shown)}")
+            say(f"\n{split}: {title}\n{report.table(shown)}")
     if clicks:
         fitted = labelled.baselines(prepared, split, say)
         flat |= {f"{name}/{metric.removeprefix(split + '/')}": v for name, metrics in fitted.items() for metric, v in metrics.items()}
@@ -191,7 +203,7 @@ def _fuse(workdir: epath.Path, config: Any, stage: str | None, prepared: Prepare
     trained = load(workdir, stage, say=say)
     model = trained.model.scorer(trained.params, trained.items)
     ranked, weight = fusion.fused(config, prepared, model, name, split, say)
-    found, folder = {**ranked.metrics, "weight": weight}, workdir / fusion.FOLDER
+    found, folder = {**_with_cold(ranked, prepared, split), "weight": weight}, workdir / fusion.FOLDER
     report.write_json(folder / "eval" / f"{split}.json", found)
     users, fingerprint = prepared.eval_set(split).users, prepared.meta["fingerprint"]
     bootstrap.write_users(folder, split, users, ranked.per_user, fingerprint=fingerprint)
@@ -205,7 +217,7 @@ def _named(others: dict[str, Metrics], split: str) -> Metrics:
     for name, metrics in others.items():
         key = name.replace(" ", "_")
         out |= {f"{key}/{metric.removeprefix(split + '/')}": v for metric, v in metrics.items() if metric.startswith(split + "/")}
-        out |= {f"{key}/{metric}": v for metric, v in metrics.items() if metric.startswith(split + "_all/")}
+        out |= {f"{key}/{metric}": v for metric, v in metrics.items() if metric.startswith((f"{split}_all/", f"{split}_cold/"))}
     return out
 
 
