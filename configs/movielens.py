@@ -5,7 +5,8 @@
 
 1. `pretrain`: the encoder goes on learning from the titles alone: two dropout views of a text find each other (SimCSE), hidden words are
    told (masked language model).
-2. `contrastive`: item vectors (text and ID) and the history tower, each place against all 9,724 films; text vectors are made once.
+2. `contrastive`: item vectors (text and ID) and the history tower, each place against all 9,724 films, its target and
+   its history's neighbours sharing the weight; text vectors are made once.
 3. `task`: the same towers go on with L_CL + lambda L_T, the task being to rank the next film above drawn ones.
 4. `distill`: a student without a transformer (the mean of its words' vectors) learns the teacher's softmax over all films, and the labels.
 """
@@ -25,6 +26,8 @@ def get_config(arg=None):
     c.data.text.max_tokens = 32
 
     c.towers.item.ids = True
+    # On so small a data set neighbours know more than a tower learns from single targets: NDCG@10 .050 without, .057 and .058 with (two seeds)
+    c.objectives.info_nce.neighbour_share = 0.5
     c.train.duration = "1100 steps"
     c.train.log_every = "100 steps"
     c.eval.examples = (
