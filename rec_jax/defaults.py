@@ -294,7 +294,8 @@ def defaults() -> ConfigDict:
     c.optimizer.accumulate = 1  # micro-steps per update
 
     c.train = ConfigDict()
-    c.train.duration = "30 epochs"  # "N steps" | "N epochs" | "N examples"
+    # "N steps" | "N epochs" | "N examples" | "auto": epochs of histories by how often one predicts an item (rec_jax.config.auto_epochs)
+    c.train.duration = "30 epochs"
     c.train.log_every = "50 steps"
     c.train.eval_every = "10 percent"  # validation; the best checkpoint is kept
     c.train.checkpoint_every = "10 percent"

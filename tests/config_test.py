@@ -151,6 +151,7 @@ def test_override_refuses_and_says_why(file, key, text, message):
         ("objectives.info_nce.weight", 0.0, r"no objective has a weight above 0"),
         ("train.eval_every", "often", r"config.train.eval_every='often': expected a number and one of steps"),
         ("train.duration", "10 percent", r"config.train.duration='10 percent': expected steps, epochs or examples"),
+        ("train.eval_every", "auto", r"config.train.eval_every='auto': expected a number and one of steps"),
         ("stages", ("pretrain",), r"no stage 'pretrain': config.stage has nothing"),
     ],
 )
@@ -304,3 +305,19 @@ def test_model_folder_of_a_package_and_of_a_folder(tmp_path):
 def test_model_folder_says_what_was_tried(path, message):
     with pytest.raises(RecJaxError, match=message):
         config_lib.model_folder(path)
+
+
+def test_epochs_by_how_often_an_item_is_predicted():
+    assert config_lib.auto_epochs(10.86) == 6
+    assert config_lib.auto_epochs(8 * 10.86) == pytest.approx(12)
+    assert (config_lib.auto_epochs(0.1), config_lib.auto_epochs(1e6)) == (3, 30)
+
+
+def test_only_histories_have_targets_to_count():
+    config = config_lib.defaults()
+    config.train.duration = "auto"
+    config_lib.check(config)
+    config.batch.kind, config.objectives.info_nce.weight, config.objectives.mlm.weight = "texts", 0.0, 1.0
+    config.towers.text.source = "tokens"
+    with pytest.raises(RecJaxError, match=r"config.train.duration='auto' counts the targets of histories; config.batch.kind is 'texts'"):
+        config_lib.check(config)
