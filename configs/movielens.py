@@ -31,6 +31,7 @@ def get_config(arg=None):
     c.objectives.info_nce.neighbour_share = 0.5
     c.train.duration = "1100 steps"
     c.train.log_every = "100 steps"
+    c.eval.fuse = "sequence_knn"
     c.eval.examples = (
         ("Toy Story (1995)", "Finding Nemo (2003)"),
         ("Alien (1979)", "Blade Runner (1982)"),
@@ -44,7 +45,7 @@ def get_config(arg=None):
         c.train.eval_every = "10 steps"
         c.batch.history_length = 16
         c.eval.max_users = 64
-        c.eval.baselines = ("popularity",)
+        c.eval.baselines, c.eval.fuse = ("popularity",), ""
         # Made from the titles: the pretrained encoder takes a minute for all of them
         c.towers.text.path = "scratch"
         c.towers.text.scratch.update({"layers": 1, "width": 64, "heads": 2, "words": 2000})

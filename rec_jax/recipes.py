@@ -9,7 +9,7 @@ VARIANTS = ("no_pretrain", "no_contrastive", "no_task", "no_teacher", "alone")  
 
 def sequences(c: ConfigDict) -> None:
     """Gives a config what a file of user sequences wants (configs/sequences.py): items without text stay, windows of 128, some users
-    validated, few epochs. `c` is changed in place.
+    validated, as many epochs as the data can use. `c` is changed in place.
 
     What mattered on Amazon Beauty: texts that begin as short vectors, so that items' own count beside them from the first steps (test
     NDCG@10 .032 to .045 in four epochs), width 128 (to .055), and an end after few epochs, for the items' own vectors soon learn the
@@ -29,7 +29,7 @@ def sequences(c: ConfigDict) -> None:
     c.batch.drop_events = 0.25
     c.objectives.info_nce.neighbour_share = 0.3
     c.optimizer.beta2 = 0.999
-    c.train.duration = "6 epochs"
+    c.train.duration = "auto"
     c.train.log_every = "100 steps"
     c.train.patience = 4
     c.eval.max_users = 5000
