@@ -1,4 +1,4 @@
-"""What holds for every test: eight simulated CPU devices, no network, a cache of its own. Set before anything imports jax."""
+"""What holds for every test: eight simulated CPU devices, no network, caches of its own. Set before anything imports jax."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One cache for the session: pytest-xdist's workers inherit it, and share what is prepared in it."""
+    """One cache for the session: pytest-xdist's workers and commands inherit it, and share what is prepared and compiled in it."""
     global _cache
     if not hasattr(config, "workerinput"):
         _cache = os.environ["REC_JAX_CACHE"] = tempfile.mkdtemp(prefix="rec_jax_test_cache_")
+        # A third of the tests' time was compiling what another test had compiled. A folder that is set already stays.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(_cache) / "compiled"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
