@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from rec_jax.config_features import check_features, check_stage
 from rec_jax.config_flags import override
+from rec_jax.config_places import check_places
 from rec_jax.defaults import defaults
 from rec_jax.types import RecJaxError
 
@@ -67,6 +68,8 @@ CHOICES = {
     "towers.item.features.numeric": ("buckets", "periodic"),
     "towers.text.catalogue": ("start", "step"),
     "towers.user.kind": ("history", "text", "id"),
+    "towers.user.layer": ("attention", "hstu"),
+    "towers.user.positions": ("learned", "rotary", "relative", "none"),
     "towers.task.kind": ("dot", "mlp", "dcn"),
     "towers.task.sharing": ("bottom", "mmoe", "ple"),
     "teacher.source": ("stored", "online"),
@@ -110,10 +113,9 @@ def check(config: ConfigDict) -> None:
     if config.towers.dim % config.towers.user.heads:
         raise RecJaxError(f"config.towers.dim={config.towers.dim} is not divisible by config.towers.user.heads={config.towers.user.heads}")
     longest = max(config.eval.history_length, config.batch.history_length)
-    if config.towers.user.kind == "history" and longest > config.towers.user.max_positions:
-        raise RecJaxError(
-            f"histories of {longest} places need config.towers.user.max_positions={config.towers.user.max_positions} to be as large"
-        )
+    user = config.towers.user
+    if user.kind == "history" and user.positions == "learned" and longest > user.max_positions:
+        raise RecJaxError(f"histories of {longest} places need config.towers.user.max_positions={user.max_positions} to be as large")
     if config.data.text.max_tokens > config.batch.row_tokens:
         raise RecJaxError(
             f"config.data.text.max_tokens={config.data.text.max_tokens} does not fit a row of "
@@ -154,6 +156,7 @@ def check(config: ConfigDict) -> None:
     if not start.path and (start.stage or start.replay != 1):
         raise RecJaxError("config.start.stage and config.start.replay belong to a trained workdir: set config.start.path")
     check_features(config)
+    check_places(config)
     for name in config.stages:
         stage = for_stage(config, name)  # checks it now, not after hours of the stages before
         check_stage(config, name, stage)

@@ -130,6 +130,17 @@ def defaults() -> ConfigDict:
     c.towers.user.mlp = 256
     c.towers.user.dropout = 0.2
     c.towers.user.max_positions = 256
+    c.towers.user.layer = "attention"  # attention: softmax, then an MLP | hstu: HSTU's gated layer, SiLU for the softmax and no MLP
+    # learned: a vector of each place | rotary: queries and keys turned by their place | relative: a bias of each head by distance | none
+    c.towers.user.positions = "learned"
+    # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event); () = nothing. This key,
+    # time_bias and session_gap read times of the events, or their ratings
+    c.towers.user.inputs = ()
+    # Lower ends of the ranges that ratings are told apart by; () = each rating of the train events, or 16 quantiles where there are more
+    c.towers.user.rating_edges = ()
+    c.towers.user.time_bias = False  # a bias of each head by the time between two places
+    # Seconds: a longer pause begins a session, and the first half of the layers sees a place's own session alone; 0 = no sessions
+    c.towers.user.session_gap = 0
     c.towers.task = ConfigDict()  # the head that scores pairs of users and items, with their context; only where an objective asks for it
     c.towers.task.kind = "dot"  # dot | mlp | dcn
     c.towers.task.hidden = (256, 128)

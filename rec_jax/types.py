@@ -24,10 +24,14 @@ class RecJaxError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths, end to end: row i is ``flat[offsets[i]:offsets[i + 1]]``; offsets [rows + 1] int64."""
+    """Rows of different lengths, end to end: row i is ``flat[offsets[i]:offsets[i + 1]]``; offsets [rows + 1] int64.
+
+    `columns` are what else is known of each element, by name: [len(flat)] each, such as the times of a history's events.
+    """
 
     flat: np.ndarray
     offsets: np.ndarray
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -41,6 +45,15 @@ class Ragged:
     def lengths(self) -> np.ndarray:
         """Length of each row -> [rows] int64."""
         return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray, *, without_last: int = 0) -> Ragged:
+        """Some rows, in the order given, with their columns; of each the last `without_last` elements are left out."""
+        starts = self.offsets[rows]
+        lengths = np.maximum(self.offsets[np.asarray(rows) + 1] - without_last - starts, 0)
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return Ragged(self.flat[places], offsets, {name: column[places] for name, column in self.columns.items()})
 
     @classmethod
     def from_rows(cls, rows: list[Any], dtype: Any = np.int32) -> Ragged:
@@ -57,7 +70,8 @@ class EvalSet:
 
     Attributes:
       users: [U], rows of the users table.
-      history, targets: of each user, catalogue indices, oldest first.
+      history, targets: of each user, catalogue indices, oldest first. Columns of the history: "times" and "ratings" of its events, where
+        the config has a history tower that reads them.
       n_items: N, all of which are ranked.
     """
 
@@ -82,6 +96,9 @@ class Batch:
       item_types: [G, R, T] int32, token types of pairs of texts: 1 for the second text, 0 before it. None where texts stand alone.
       history: [G, H, S] int32 local, packed histories, -1 is padding; None with a text user tower.
       history_segments: [G, H, S] int32, 1.. within a row, 0 is padding.
+      history_times: [G, H, S] int32, seconds since the first event of the place's window, -1 is unknown. None unless the history tower
+        reads times.
+      history_ratings: [G, H, S] float32, rating of each place's event, NaN is unknown. None unless the history tower reads ratings.
       user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
       user_segments: [G, R, T] int32.
       user_places: [G, Q] int32, where each query's pooled vector stands in the flattened [R * K].
@@ -113,6 +130,8 @@ class Batch:
     item_types: Any = None
     history: Any = None
     history_segments: Any = None
+    history_times: Any = None
+    history_ratings: Any = None
     user_tokens: Any = None
     user_segments: Any = None
     user_places: Any = None

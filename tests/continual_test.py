@@ -122,7 +122,7 @@ def batches(share, new=None, seed=3, **changes):
     return pipeline.Batches(world.source(), lengths, spec, seed=seed, replay=windows.Replay(share, new))
 
 
-def is_new(user, items):
+def is_new(user, items, _):
     world = tiny.World()
     train = world.source()[user]["items"][world.source()[user]["splits"] == 0]
     return user % 3 == 0 and len(train) > 1 and np.array_equal(items, train[-len(items) :])
@@ -141,8 +141,8 @@ def test_an_epoch_takes_every_new_window_and_a_share_of_the_others(share):
         flags = [is_new(*w) for w in window]
         assert sum(flags) == new, "each of the new ones once"
         if epoch == 0:  # a later one may meet the end of a turn
-            assert len({(u, tuple(i)) for u, i in window}) == len(window)
-        seen.update((u, tuple(i)) for (u, i), flag in zip(window, flags, strict=True) if not flag)
+            assert len({(u, tuple(i)) for u, i, _ in window}) == len(window)
+        seen.update((u, tuple(i)) for (u, i, _), flag in zip(window, flags, strict=True) if not flag)
     if share:
         assert len(seen) == others, "all have had their turn"
         assert max(seen.values()) - min(seen.values()) <= 1
@@ -167,7 +167,7 @@ def test_all_data_as_it_comes_is_what_it_was_without_replay():
     whole = batches(1.0)
     assert whole.examples_per_epoch == plain.examples_per_epoch
     for n in range(200):
-        (a, x), (b, y) = plain.example(n), whole.example(n)
+        (a, x, _), (b, y, _) = plain.example(n), whole.example(n)
         assert a == b
         np.testing.assert_array_equal(x, y)
 

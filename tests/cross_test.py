@@ -173,6 +173,8 @@ def test_the_best_are_ranked_anew_and_the_others_stay_behind(tmp_path, first, mo
     if first == "model":
 
         class Stage:
+            prepared = world
+
             def rank(self, params, eval_set, *, name, items, ks, exclude):
                 scorer = lambda histories: np.stack([table[int(h[0]) % tiny.N_USERS] for h in histories])
                 return rankings.evaluate_scores(scorer, eval_set, ks=ks, name=name, exclude=exclude)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Room (the first name below rec_jax) -> the other rooms that it may import. Every room is listed; a `__main__.py` may import any.
-BASE = {"types", "config", "config_features", "config_flags", "mesh", "processes"}
+BASE = {"types", "config", "config_features", "config_flags", "config_places", "mesh", "processes"}
 ROOMS = {
     "__init__": set(),
     "types": set(),
@@ -22,7 +22,8 @@ ROOMS = {
     "recipes": set(),
     "config_features": {"types", "defaults"},
     "config_flags": {"types"},
-    "config": {"types", "defaults", "config_features", "config_flags"},
+    "config_places": {"types"},
+    "config": {"types", "defaults", "config_features", "config_flags", "config_places"},
     "processes": {"types"},
     "mesh": {"types", "config", "processes"},
     "checkpoint": {"types", "config", "mesh"},

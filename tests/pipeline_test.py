@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from rec_jax.data import draft, pipeline, windows
-from rec_jax.data.augment import drop_items
+from rec_jax.data.augment import kept_events
 from rec_jax.types import Ragged, RecJaxError
 
 KINDS = [("history", "frozen"), ("history", "tokens"), ("text", "tokens")]
@@ -64,7 +64,7 @@ def test_every_example_of_the_order_is_handed_out_once_or_waits(source):
     expected_users, expected_pairs = collections.Counter(), collections.Counter()
     for shard, place in iterator.get_state()["shards"].items():
         for number in set(range(place["next"])) - set(place["waiting"]):
-            user, items = batches.example(number * 8 + int(shard))
+            user, items, _ = batches.example(number * 8 + int(shard))
             expected_users[user] += 1
             expected_pairs.update(zip(items[:-1].tolist(), items[1:].tolist(), strict=True))
     assert users == expected_users
@@ -113,7 +113,7 @@ def test_events_are_left_out_anew_each_epoch_and_by_the_position_alone():
     whole, parts = make(), make(**{"batch.drop_events": 0.3})
     kept, events = 0, 0
     for position in range(3 * whole.examples_per_epoch):
-        (user, items), (same_user, some) = whole.example(position), parts.example(position)
+        (user, items, _), (same_user, some, _) = whole.example(position), parts.example(position)
         assert user == same_user
         rest = iter(items.tolist())
         assert all(i in rest for i in some.tolist()), "those that stay are in their order"
@@ -122,14 +122,13 @@ def test_events_are_left_out_anew_each_epoch_and_by_the_position_alone():
     assert 0.65 < kept / events < 0.8  # short windows keep two
     by_user = collections.defaultdict(set)
     for position in range(6 * parts.examples_per_epoch):
-        user, some = parts.example(position)
+        user, some, _ = parts.example(position)
         by_user[user].add(tuple(some.tolist()))
     assert np.mean([len(found) for found in by_user.values()]) > 4, "other ones each epoch"
     again = make(**{"batch.drop_events": 0.3})
     np.testing.assert_array_equal(again.example(7)[1], parts.example(7)[1])
-    one, two = np.arange(1), np.arange(2)
     rng = np.random.default_rng(0)
-    assert all(len(drop_items(one, rng, 0.9)) == 1 and len(drop_items(two, rng, 0.9)) == 2 for _ in range(20))
+    assert all(kept_events(1, rng, 0.9).sum() == 1 and kept_events(2, rng, 0.9).sum() == 2 for _ in range(20))
 
 
 def test_windows():
@@ -232,7 +231,7 @@ class _Windows:
 
     def _find(self, fits):
         for number in [*self._waiting, *range(self._next, self._next + 200)]:
-            user, window = self._batches.example(number * 8 + self._shard)
+            user, window, _ = self._batches.example(number * 8 + self._shard)
             if fits(user, window):
                 self._waiting = [n for n in [*self._waiting, *range(self._next, number)] if n != number]
                 self._next = max(self._next, number + 1)

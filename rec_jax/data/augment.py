@@ -229,10 +229,10 @@ def reorder_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> n
     return out
 
 
-def drop_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
-    """items [n] -> those that stay, in order: each goes with probability `rate`; where fewer than two would stay, none goes."""
-    kept = rng.random(len(items)) >= rate
-    return items[kept] if kept.sum() >= min(2, len(items)) else items
+def kept_events(count: int, rng: np.random.Generator, rate: float) -> np.ndarray:
+    """Events of a window -> which stay [count] bool: each goes with probability `rate`; where fewer than two would stay, none goes."""
+    kept = rng.random(count) >= rate
+    return kept if kept.sum() >= min(2, count) else np.ones(count, bool)
 
 
 # Views of a history by name; two of the same history are each other's positives.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rec_jax.config_places import columns_of
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.packing import Rows, TextRows
+from rec_jax.data.places import EMPTY, of_places
 from rec_jax.types import Batch, Ragged
 
 
@@ -24,6 +26,7 @@ class BatchSpec:
       negative_items: places of M for them where nothing is encoded; see `with_negatives`.
       views: how two views of each packed history are made; None = none.
       drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
+      columns: of the records, that travel with the places of histories: some of "times" and "ratings".
     """
 
     shards: int
@@ -40,6 +43,7 @@ class BatchSpec:
     negative_items: int = 0
     views: HistoryViews | None = None
     drop_events: float = 0.0
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> BatchSpec:
@@ -58,6 +62,7 @@ class BatchSpec:
             encode_items=config.towers.text.source == "tokens",
             views=HistoryViews.from_config(config) if config.towers.user.kind == "history" else None,
             drop_events=b.drop_events,
+            columns=columns_of(config),
         )
 
     def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:
@@ -104,6 +109,7 @@ class Draft:
             shape = (spec.history_rows, spec.history_length)
             self._rows = Rows(*shape, per_row=shape[1])
             self._history, self._segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+            self._columns = {name: np.full(shape, EMPTY[name], EMPTY[name].dtype) for name in spec.columns}
             if spec.views is not None:
                 self._views, self._view_segments = np.full((2, *shape), -1, np.int32), np.zeros((2, *shape), np.int32)
                 self._view_places = np.full((2, spec.queries), -1, np.int32)
@@ -116,11 +122,13 @@ class Draft:
         """Whether the smallest example could still fit."""
         return self._rows.has_room() if self._spec.user_kind == "history" else self._user_rows.rows.has_room()
 
-    def add(self, user: int, items: np.ndarray, position: int) -> bool:
+    def add(self, user: int, items: np.ndarray, columns: Mapping[str, np.ndarray], position: int) -> bool:
         """Adds an example whole, or leaves the draft as it was and returns False."""
         mined = self._negatives_of(user, items)
-        add = self._add_history if self._spec.user_kind == "history" else self._add_text
-        added = add(items, mined, position)
+        if self._spec.user_kind == "history":
+            added = self._add_history(items, columns, mined, position)
+        else:
+            added = self._add_text(items, mined, position)
         if added:
             self._examples.append(user)
         return added
@@ -132,7 +140,7 @@ class Draft:
         mined = self._mined[user]
         return np.where(np.isin(mined, items), -1, mined)
 
-    def _add_history(self, items: np.ndarray, mined: np.ndarray, position: int) -> bool:
+    def _add_history(self, items: np.ndarray, columns: Mapping[str, np.ndarray], mined: np.ndarray, position: int) -> bool:
         mark = self._rows.mark()
         at = self._rows.place(len(items) - 1)
         if at is None or not self._add_items(items, mined):
@@ -142,6 +150,8 @@ class Draft:
         local = np.asarray([self._index[int(i)] for i in items], np.int32)
         here = slice(offset, offset + len(items) - 1)
         self._history[row, here], self._segments[row, here] = local[:-1], segment
+        for name, values in of_places(columns).items():
+            self._columns[name][row, here] = values[:-1]  # the last event is a target alone
         flat = row * self._spec.history_length + offset
         self._targets[flat : flat + len(items) - 1] = local[1:]
         self._weights[flat : flat + len(items) - 1] = 1.0
@@ -216,6 +226,7 @@ class Draft:
             out.item_places = self._item_places
         if self._spec.user_kind == "history":
             out.history, out.history_segments = self._history, self._segments
+            out.history_times, out.history_ratings = self._columns.get("times"), self._columns.get("ratings")
             if self._spec.views is not None:
                 out.view_history, out.view_segments = self._views, self._view_segments
                 out.view_places, out.view_targets = self._view_places, self._view_targets

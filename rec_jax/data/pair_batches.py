@@ -7,7 +7,7 @@ the seed and the position alone, so that a resume and any number of processes dr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,8 +121,9 @@ class PairDraft:
         """Whether the smallest example could still fit."""
         return len(self._examples) < self._spec.queries and self._rows.rows.has_room()
 
-    def add(self, user: int, items: np.ndarray, position: int) -> bool:
-        """Adds an example whole, or leaves the draft as it was and returns False."""
+    def add(self, user: int, items: np.ndarray, columns: Mapping[str, np.ndarray], position: int) -> bool:
+        """Adds an example whole, or leaves the draft as it was and returns False; a pair is made of items alone, and no columns are."""
+        assert not columns
         random = np.random.default_rng((self._seed, position))
         cut = int(random.integers(1, len(items)))
         drawn = other_items(random, self._spec.negatives, items, len(self._texts))

@@ -6,17 +6,17 @@ batches. A shard fills its budgets in order; what does not fit waits for the nex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
 
-from rec_jax.data.augment import drop_items
+from rec_jax.data.augment import kept_events
 from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
-from rec_jax.data.windows import Order, Replay, Turns, Windows
+from rec_jax.data.windows import Example, Order, Replay, Turns, Windows
 from rec_jax.types import Batch, Ragged, RecJaxError
 
 __all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "WindowBatches", "prefetched"]
@@ -42,7 +42,7 @@ class WindowDraft(Protocol):
 
     def has_room(self) -> bool: ...
 
-    def add(self, user: int, items: np.ndarray, position: int) -> bool: ...
+    def add(self, user: int, items: np.ndarray, columns: Mapping[str, np.ndarray], position: int) -> bool: ...
 
     def batch(self) -> Batch: ...
 
@@ -86,10 +86,12 @@ class WindowBatches(ShardedBatches):
 
     seed: int
 
-    def _set_order(self, records: Any, windows: Windows, shards: range | None, *, turns: Turns | None = None) -> None:
-        """The windows of `records` in a new order each epoch; `spec` and `seed` are set."""
+    def _set_order(
+        self, records: Any, windows: Windows, shards: range | None, *, turns: Turns | None = None, columns: tuple[str, ...] = ()
+    ) -> None:
+        """The windows of `records`, with these columns of them, in a new order each epoch; `spec` and `seed` are set."""
         self.shards = range(self.spec.shards) if shards is None else shards
-        self._order = Order(records, windows, self.seed, turns)
+        self._order = Order(records, windows, self.seed, turns, columns)
         self.examples_per_epoch = self._order.per_epoch
 
     def draft(self) -> WindowDraft:
@@ -100,8 +102,8 @@ class WindowBatches(ShardedBatches):
         """See `ShardedBatches`."""
         return _Shard(self, shard)
 
-    def example(self, position: int) -> tuple[int, np.ndarray]:
-        """Position in the endless order -> (row of the users table, items of the window)."""
+    def example(self, position: int) -> Example:
+        """Position in the endless order -> the window there."""
         return self._order[position]
 
 
@@ -109,7 +111,7 @@ class Batches(WindowBatches):
     """Endless batches [local shards, ...] of numpy arrays; see the module's text for their order.
 
     Args:
-      records: random access, record = one user's history {"items" [n], "splits" [n]}.
+      records: random access, record = one user's history {"items" [n], "splits" [n]}, and the columns that `spec` names.
       train_lengths: [U] train events of each user.
       spec: the budgets.
       seed: of the order, a new one each epoch.
@@ -146,7 +148,7 @@ class Batches(WindowBatches):
         self._check(windows)
         turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths))
         self._windows, self._lengths, self._turns = windows, np.asarray(train_lengths, np.int64), turns
-        self._set_order(records, windows, shards, turns=turns)
+        self._set_order(records, windows, shards, turns=turns, columns=spec.columns)
 
     def _check(self, windows: Windows) -> None:
         s = self.spec
@@ -171,12 +173,13 @@ class Batches(WindowBatches):
                     f"or lower batch.history_length={s.history_length}{fewer}"
                 )
 
-    def example(self, position: int) -> tuple[int, np.ndarray]:
+    def example(self, position: int) -> Example:
         """See `WindowBatches`; what is left out is drawn by the position alone, so that a resume draws the same."""
-        user, items = super().example(position)
-        if self.spec.drop_events:
-            items = drop_items(items, np.random.default_rng((self.seed, position)), self.spec.drop_events)
-        return user, items
+        whole = super().example(position)
+        if not self.spec.drop_events:
+            return whole
+        kept = kept_events(len(whole.items), np.random.default_rng((self.seed, position)), self.spec.drop_events)
+        return Example(whole.user, whole.items[kept], {name: column[kept] for name, column in whole.columns.items()})
 
     def draft(self) -> Draft:
         """See `WindowBatches`."""
@@ -201,7 +204,7 @@ class _Shard:
     def __init__(self, batches: WindowBatches, shard: int):
         self._batches, self._shard = batches, shard
         self.next = 0
-        self._waiting: dict[int, tuple[int, np.ndarray]] = {}
+        self._waiting: dict[int, Example] = {}
 
     @property
     def waiting(self) -> list[int]:
@@ -215,13 +218,13 @@ class _Shard:
     def _position(self, number: int) -> int:
         return number * self._batches.spec.shards + self._shard
 
-    def _read(self, number: int) -> tuple[int, np.ndarray]:
+    def _read(self, number: int) -> Example:
         return self._batches.example(self._position(number))
 
     def fill(self) -> Batch:
         """The shard's next part of a batch (no shard axis)."""
         draft = self._batches.draft()
-        left: dict[int, tuple[int, np.ndarray]] = {}
+        left: dict[int, Example] = {}
         queue = iter(list(self._waiting.items()))
         while len(left) < LOOK_AHEAD and draft.has_room():
             number, example = next(queue, (self.next, None))

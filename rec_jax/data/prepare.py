@@ -30,8 +30,9 @@ from etils import epath
 
 from rec_jax.config import cache_dir
 from rec_jax.config_features import has_features
+from rec_jax.config_places import columns_of
 from rec_jax.data import features as features_lib
-from rec_jax.data import folders, readers, records, text, vectors
+from rec_jax.data import folders, places, readers, records, text, vectors
 from rec_jax.data import impressions as impressions_lib
 from rec_jax.data.impressions import Impressions
 from rec_jax.data.tables import TEXT_COLUMNS, Coded, Report, Tables, code
@@ -58,7 +59,7 @@ def prepare(config: Any) -> Prepared:
     With several JAX processes the first one prepares and the others wait for it, so the cache must be a folder that all of them see.
 
     Raises:
-      RecJaxError: bad input or settings; another process did not finish in time.
+      RecJaxError: bad input or settings; another process did not finish in time; times are asked for that the input does not have.
     """
     folder, fingerprint, inputs = _identify(config)
     process, processes = _process()
@@ -70,7 +71,9 @@ def prepare(config: Any) -> Prepared:
         _make(config, folder, fingerprint, inputs)
     else:
         _wait(folder, process, processes)
-    return open_prepared(folder)
+    prepared = dataclasses.replace(open_prepared(folder), columns=columns_of(config))
+    places.check(config, prepared.meta)
+    return prepared
 
 
 def fingerprint_of(config: Any) -> str:
@@ -100,10 +103,12 @@ class Prepared:
     Attributes:
       folder: where it lies, maybe on gs://.
       meta: what meta.json says: counts, splits, settings, bad input.
+      columns: of the records, that histories come with ("times", "ratings").
     """
 
     folder: epath.Path
     meta: dict[str, Any]
+    columns: tuple[str, ...] = ()
 
     @property
     def n_users(self) -> int:
@@ -153,10 +158,10 @@ class Prepared:
         return np.diff(self._events[2])
 
     def train_histories(self) -> Ragged:
-        """Items of each user's train events, oldest first -> [U rows] int32."""
+        """Items of each user's train events, oldest first, with `columns` -> [U rows] int32."""
         items, splits, offsets = self._events
         train = splits == SPLITS["train"]
-        return Ragged(items[train], _counted(train)[offsets])
+        return Ragged(items[train], _counted(train)[offsets], {name: column[train] for name, column in self._columns.items()})
 
     def item_counts(self) -> np.ndarray:
         """Train events of each item -> [N] int64."""
@@ -167,7 +172,7 @@ class Prepared:
         """Users with an event in `split` ("valid" or "test") -> their targets, and the history before the first of them.
 
         The targets are all events of the split. The history is what the user had before the first target and belongs to an earlier
-        part: train for validation, train and validation for test. With the split "cold_item" it may be empty.
+        part: train for validation, train and validation for test. With the split "cold_item" it may be empty. It has `columns`.
 
         Raises:
           RecJaxError: no such split.
@@ -186,7 +191,8 @@ class Prepared:
         edges[firsts] -= 1
         known = (np.cumsum(edges[:-1], dtype=np.int8) == 1) & (splits < SPLITS[split])
         known_before = _counted(known)
-        history = Ragged(items[known], np.append(known_before[starts], known_before[-1]))
+        columns = {name: column[known] for name, column in self._columns.items()}
+        history = Ragged(items[known], np.append(known_before[starts], known_before[-1]), columns)
         targets = Ragged(items[places], np.append(targets_before[starts], len(places)))
         return EvalSet(users, history, targets, self.n_items)
 
@@ -212,6 +218,13 @@ class Prepared:
         """All events sorted by (user, time), mapped from disk: item [E] int32, split [E] uint8, offsets of users [U + 1] int64."""
         items, splits, offsets = (np.load(self.local / "events" / f"{name}.npy", mmap_mode="r") for name in ("items", "splits", "offsets"))
         return np.asarray(items), np.asarray(splits), np.asarray(offsets)
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        """Each of `columns` of all events [E], in the order of `_events`: of the records, which are read once for it."""
+        source = self.source() if self.columns else []
+        parts = [[record[name] for name in self.columns] for record in source]
+        return {name: np.concatenate(column) for name, column in zip(self.columns, zip(*parts, strict=True), strict=True)}
 
 
 def _counted(mask: np.ndarray) -> np.ndarray:

@@ -12,13 +12,17 @@ import numpy as np
 from etils import epath
 
 from rec_jax import config as config_lib
+from rec_jax.data import places
 from rec_jax.data import prepare as prepare_lib
 from rec_jax.data.prepare import Prepared
 from rec_jax.types import RecJaxError
 
 FILE = "data.json"  # of a workdir: which prepared data it is trained on
 # Keys that change no parameter's shape and yet what the parameters mean: those of the old workdir hold.
-SAME = ("data.text.tokenizer", "towers.text.path", "towers.text.pooling", "towers.normalize", "towers.user.kind", "towers.user.heads")
+SAME = (
+    "data.text.tokenizer", "towers.text.path", "towers.text.pooling", "towers.normalize", "towers.user.kind", "towers.user.heads",
+    "towers.user.positions", "towers.user.session_gap",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,21 @@ def check(config: Any) -> None:
         old, new = config_lib.get(start.config, key), config_lib.get(first, key)
         if old != new:
             raise RecJaxError(f"config.{key} is {_plain(old)} in {start.workdir} and {_plain(new)} here; set it as it is there")
+
+
+def check_ratings(start: Start, config: Any, prepared: Prepared) -> None:
+    """Checks that ratings, where both history towers read them, fall into the same ranges on this data as on that of the old workdir.
+
+    Raises:
+      RecJaxError: they do not; says how to have the old ones.
+    """
+    new = places.rating_edges(config, prepared)
+    old = places.rating_edges(start.config, dataclasses.replace(start.prepared, columns=("ratings",)))
+    if old and new and old != new:
+        raise RecJaxError(
+            f"ratings are told apart by {new} here, and by {old} in {start.workdir} (config.start.path): "
+            f"set config.towers.user.rating_edges={old}"
+        )
 
 
 def _plain(value: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -11,6 +12,14 @@ import numpy as np
 from rec_jax.types import RecJaxError
 
 Turns = tuple[np.ndarray, np.ndarray, int]  # of `Replay.turns`
+
+
+class Example(NamedTuple):
+    """A window: row of the users table, items [n] of its events, and what else was asked for of these: name of the records -> [n]."""
+
+    user: int
+    items: np.ndarray
+    columns: Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +51,18 @@ class Windows:
 class _Source:
     """Random access to windows of records, for `grain.MapDataset.source`."""
 
-    def __init__(self, records: Any, windows: Windows):
-        self._records, self._windows = records, windows
+    def __init__(self, records: Any, windows: Windows, columns: tuple[str, ...]):
+        self._records, self._windows, self._columns = records, windows, columns
 
     def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         w = self._windows
         user = int(w.user[index])
         record = self._records[user]
-        items = record["items"][record["splits"] == 0]
-        return user, items[w.start[index] : w.stop[index]]
+        train, events = record["splits"] == 0, slice(w.start[index], w.stop[index])
+        return Example(user, record["items"][train][events], {name: record[name][train][events] for name in self._columns})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +105,17 @@ class Order:
       records, windows: what there is.
       seed: of the order.
       turns: of `Replay`; None = every window each epoch.
+      columns: of the records, that come with the items.
     """
 
-    def __init__(self, records: Any, windows: Windows, seed: int, turns: Turns | None):
-        self._source, self._turns = _Source(records, windows), turns
+    def __init__(self, records: Any, windows: Windows, seed: int, turns: Turns | None, columns: tuple[str, ...] = ()):
+        self._source, self._turns = _Source(records, windows, columns), turns
         self.per_epoch = len(windows) if turns is None else len(turns[0]) + turns[2]
         shuffled = lambda size: grain.MapDataset.range(size).seed(seed).shuffle().repeat()
         self._places = shuffled(self.per_epoch)
         self._others = shuffled(len(turns[1])) if turns is not None and turns[2] else None
 
-    def __getitem__(self, position: int) -> tuple[int, np.ndarray]:
+    def __getitem__(self, position: int) -> Example:
         place = int(self._places[position])
         if self._turns is None:
             return self._source[place]

@@ -156,6 +156,7 @@ def first_rankings(config: Any, prepared: Prepared, workdir: epath.Path, before:
         options = {"ks": ks, "name": split, "users_per_block": e.users_per_block}
         return First(*(rankings.evaluate_scores(scorer, eval_set, exclude=x, **options) for x in excluded))
     t = load(workdir, before, say=say)
+    eval_set = t.model.prepared.eval_set(split)  # with what its own towers read of the histories
     return First(*(t.model.rank(t.params, eval_set, name=split, items=t.items, ks=ks, exclude=x) for x in excluded))
 
 

@@ -14,7 +14,7 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax import processes, towers
 from rec_jax.config_features import has_features
-from rec_jax.data import draft, feature_codes, packing, vocabulary
+from rec_jax.data import draft, feature_codes, packing, places, vocabulary
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.feature_codes import Coding
 from rec_jax.data.prepare import Prepared, prepare
@@ -57,7 +57,7 @@ class Model:
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t, f: two_tower.item_vectors(p, spec, t, f))
-        self._users = jax.jit(lambda p, v, h: two_tower.user_vectors(p, spec, v, h))
+        self._users = jax.jit(lambda p, v, h, columns: two_tower.user_vectors(p, spec, v, h, columns))
         self._products = jax.jit(lambda users, items: users @ items.T)
         head = spec.task
         self._scores = None if head is None else jax.jit(lambda p, u, v: interactions.score_all(p["task"], head, u, v))
@@ -81,19 +81,28 @@ class Model:
         return np.asarray(self._items(params, table, self.features))
 
     def user_vectors(self, params: Params, items: np.ndarray, histories: Ragged) -> np.ndarray:
-        """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count."""
+        """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count.
+
+        Where the history tower reads times or ratings, those are in the histories' columns; without these they are unknown.
+        """
         if self.spec.user == "id":
             raise RecJaxError("config.towers.user.kind='id' has vectors of users, not of histories: it is measured on impressions")
         if self.spec.history is None:
             return self._written_out(two_tower.merged(params, self.spec), histories)
         size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
+        read = {name: histories.columns[name] for name in self.spec.history.columns if name in histories.columns}
         out = np.zeros((len(histories), self.spec.dim), np.float32)
-        for users, places in self._parts(by_length(np.minimum(histories.lengths(), size), size, block)):
-            rows = np.full((block, places), -1, np.int32)
+        for users, length in self._parts(by_length(np.minimum(histories.lengths(), size), size, block)):
+            rows = np.full((block, length), -1, np.int32)
+            columns = {name: np.full(rows.shape, places.EMPTY[name], places.EMPTY[name].dtype) for name in read}
             for n, user in enumerate(users):
-                newest = histories[int(user)][-places:]
+                newest = histories[int(user)][-length:]
                 rows[n, : len(newest)] = newest
-            out[users] = np.asarray(self._users(params, items, rows))[: len(users)]
+                stop = histories.offsets[user + 1]
+                known = {name: column[stop - len(newest) : stop] for name, column in read.items()}
+                for name, values in places.of_places(known).items():
+                    columns[name][n, : len(newest)] = values
+            out[users] = np.asarray(self._users(params, items, rows, columns))[: len(users)]
         return processes.total(out) if self.shared else out
 
     def _parts(self, blocks: Iterable[Any]) -> Iterable[Any]:
@@ -125,7 +134,16 @@ class Model:
         """Ranks an evaluation set over the whole catalogue; `items` are `item_vectors`, where they are there already.
 
         `ks` are list lengths, by default those of config.eval.k; `exclude` is that of `rankings.evaluate_vectors`.
+
+        Raises:
+          RecJaxError: the history tower reads a column that the set's histories do not have.
         """
+        wanted = self.spec.history.columns if self.spec.history is not None else ()
+        if missing := [column for column in wanted if column not in eval_set.history.columns]:
+            raise RecJaxError(
+                f"the history tower reads {missing[0]} of events (config.towers.user), and the histories of {name!r} come without: "
+                "open the data by `prepare` with that config"
+            )
         items = self.item_vectors(params) if items is None else items
         e = self.config.eval
         options: dict[str, Any] = {"ks": ks or tuple(e.k), "name": name, "users_per_block": e.users_per_block, "exclude": exclude}
@@ -162,8 +180,7 @@ class Model:
         if not most or len(whole.users) <= most:
             return whole
         chosen = np.sort(np.random.default_rng(self.config.seed).choice(len(whole.users), most, replace=False))
-        pick = lambda ragged: Ragged.from_rows([ragged[int(n)] for n in chosen])
-        return EvalSet(whole.users[chosen], pick(whole.history), pick(whole.targets), whole.n_items)
+        return EvalSet(whole.users[chosen], whole.history.take(chosen), whole.targets.take(chosen), whole.n_items)
 
 
 def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.ndarray, int]]:
@@ -199,6 +216,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec, coding: Co
         context=context,
         mask=views is not None and views.hides,
         features=None if coding is None else coding.sizes(),
+        ratings=places.rating_edges(config, prepared),
     )
 
 

@@ -135,7 +135,7 @@ def blocks(eval_set: EvalSet, users_per_block: int, exclude: Ragged | None = Non
     for start in range(0, len(order), users_per_block):
         rows = order[start : start + users_per_block]
         padded = _padded(removed, rows, _bucket(int(lengths[rows].max())))
-        yield Block(rows, _take(history, rows), _once(_padded(targets, rows, width)), padded)
+        yield Block(rows, history.take(rows), _once(_padded(targets, rows, width)), padded)
 
 
 def _evaluate(
@@ -170,10 +170,6 @@ def of_ranks(ids: np.ndarray, ranks: np.ndarray, ranks_all: np.ndarray, *, ks: S
     means = {key: float(v.mean()) for key, v in values.items()}
     means |= {f"{name}/coverage@{k}": metrics.coverage(ids, k=k, n_items=n_items) for k in ks}
     return Rankings(means, values, ids, ranks, ranks_all)
-
-
-def _take(rows: Ragged, which: np.ndarray) -> Ragged:
-    return Ragged.from_rows([rows[int(n)] for n in which], dtype=rows.flat.dtype)
 
 
 def _padded(rows: Ragged, which: np.ndarray, width: int) -> np.ndarray:

@@ -153,22 +153,40 @@ def _users(
     if spec.history is None:
         pooled = _packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user"), chunk_rows, mesh)
         return text_item_vectors(params, spec, _lookup(pooled, batch.user_places))
-    return _histories(params, spec, item, jnp.asarray(batch.history), jnp.asarray(batch.history_segments), _key(keys, "user"), hides=False)
+    columns = {"times": batch.history_times, "ratings": batch.history_ratings}
+    if missing := [name for name in spec.history.columns if columns[name] is None]:
+        raise RecJaxError(
+            f"the history tower reads {missing[0]} of events, and the batch has none: config.towers.user.inputs, time_bias and session_gap "
+            "must ask for them in the stage that is trained, whose batches a teacher sees too"
+        )
+    columns = {name: columns[name] for name in spec.history.columns}
+    places, segments = jnp.asarray(batch.history), jnp.asarray(batch.history_segments)
+    return _histories(params, spec, item, places, segments, _key(keys, "user"), hides=False, columns=columns)
 
 
 def _histories(
-    params: Params, spec: TwoTowerSpec, item: jax.Array, places: jax.Array, segments: jax.Array, keys: jax.Array | None, *, hides: bool
+    params: Params,
+    spec: TwoTowerSpec,
+    item: jax.Array,
+    places: jax.Array,
+    segments: jax.Array,
+    keys: jax.Array | None,
+    *,
+    hides: bool,
+    columns: Mapping[str, Array] | None = None,
 ) -> jax.Array:
     """Items of the batch [G, M, D], packed histories [G, R, S] of local indices -> user vectors [G, R * S, D].
 
-    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones.
+    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones. `columns` are "times" and "ratings"
+    of the places [G, R, S].
     """
     assert spec.history is not None
     shards, rows, length = places.shape
     vectors = over_batch(_lookup(item, places).reshape(shards * rows, length, spec.dim))
     hidden = ((places < 0) & (segments > 0)).reshape(shards * rows, length) if hides else None
     flat, keys = segments.reshape(shards * rows, length), None if keys is None else keys.reshape(-1)
-    user = history.encode(params["user"], spec.history, vectors, flat, hidden=hidden, keys=keys)
+    known = {name: jnp.asarray(column).reshape(flat.shape) for name, column in (columns or {}).items()}
+    user = history.encode(params["user"], spec.history, vectors, flat, hidden=hidden, keys=keys, **known)
     user = over_batch(user.reshape(shards, rows * length, spec.dim))
     return unit_length(user) if spec.normalize else user
 

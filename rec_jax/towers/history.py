@@ -1,6 +1,7 @@
 """The history user tower: a causal transformer over the vectors of the items in a packed history, one user vector at every place.
 
-Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3, with pre-norm blocks and RMSNorm.
+Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3, with pre-norm blocks and RMSNorm; other layers in
+`history_layers`, other positions, times and ratings in `places`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rec_jax.mesh import over_batch
+from rec_jax.config_places import INPUTS, columns_read
+from rec_jax.towers import places as places_lib
 from rec_jax.towers.bert import segment_positions
 from rec_jax.towers.dropout import dropout, fold
+from rec_jax.towers.history_layers import LAYERS
 from rec_jax.types import Params, RecJaxError
+
+POSITIONS = ("learned", "rotary", "relative", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class HistorySpec:
-    """dim D, layers, heads, mlp (inner width), dropout rate, max_positions (longest history), mask: a learned vector for hidden items."""
+    """Sizes and kinds of a history tower.
+
+    Attributes:
+      dim: D.
+      layers, heads: how many.
+      mlp: inner width of attention layers' MLPs.
+      dropout: rate.
+      max_positions: the longest history with learned positions; with relative ones, the distance from which on all are alike.
+      mask: a learned vector for hidden items.
+      layer: of `history_layers.LAYERS`.
+      positions: of POSITIONS.
+      inputs: what a place knows beside its item, of `config_places.INPUTS`.
+      ratings: lower ends of the ranges that ratings are told apart by, with the input "rating".
+      time_bias: scores have a bias by the time between two places.
+      session_gap: seconds from which on a pause begins a session, which is all that the first half of the layers sees; 0 = off.
+    """
 
     dim: int
     layers: int
@@ -28,6 +48,26 @@ class HistorySpec:
     dropout: float
     max_positions: int
     mask: bool = False
+    layer: str = "attention"
+    positions: str = "learned"
+    inputs: tuple[str, ...] = ()
+    ratings: tuple[float, ...] = ()
+    time_bias: bool = False
+    session_gap: int = 0
+
+    def __post_init__(self) -> None:
+        for key, names, known in (
+            ("layer", (self.layer,), tuple(LAYERS)),
+            ("positions", (self.positions,), POSITIONS),
+            ("inputs", self.inputs, tuple(INPUTS)),
+        ):
+            if not set(names) <= set(known):
+                raise RecJaxError(f"HistorySpec.{key}={vars(self)[key]!r} (config.towers.user.{key}): expected of {', '.join(known)}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it reads of events: some of "times" and "ratings"."""
+        return columns_read(self.inputs, self.time_bias, self.session_gap)
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
@@ -37,43 +77,46 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
     return same & (places[:, None] >= places[None, :])
 
 
-class _Block(nn.Module):
-    spec: HistorySpec
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        s, width = self.spec, self.spec.dim // self.spec.heads
-        drop = lambda x, name: x if keys is None else dropout(x, fold(keys, name), s.dropout)
-        x = over_batch(x)
-        y = nn.RMSNorm(name="attention_norm")(x)
-        q, k, v = (nn.DenseGeneral((s.heads, width), use_bias=False, name=n)(y) for n in ("query", "key", "value"))
-        logits = jnp.einsum("rshd,rthd->rhst", q, k) * width**-0.5
-        # A finite mask: rows of padding stay finite, and exp gives an exact 0 for every hidden place that is not the row's only one.
-        weights = jax.nn.softmax(jnp.where(mask[:, None], logits.astype(jnp.float32), -1e30), axis=-1).astype(x.dtype)
-        y = jnp.einsum("rhst,rthd->rshd", drop(weights, "attention"), v)
-        x = over_batch(x + drop(nn.DenseGeneral(s.dim, axis=(-2, -1), use_bias=False, name="out")(y), "out"))
-        y = nn.gelu(nn.Dense(s.mlp, use_bias=False, name="mlp_in")(nn.RMSNorm(name="mlp_norm")(x)))
-        return x + drop(nn.Dense(s.dim, use_bias=False, name="mlp_out")(y), "mlp")
-
-
 class _History(nn.Module):
     spec: HistorySpec
 
     @nn.compact
-    def __call__(self, vectors: jax.Array, segment_ids: jax.Array, keys: jax.Array | None) -> jax.Array:
-        s = self.spec
-        position = nn.Embed(s.max_positions, s.dim, name="position")(segment_positions(segment_ids))
-        x = nn.Dense(s.dim, use_bias=False, name="in")(vectors * s.dim**0.5) + position
+    def __call__(
+        self, vectors: jax.Array, segment_ids: jax.Array, times: jax.Array, ratings: jax.Array, keys: jax.Array | None
+    ) -> jax.Array:
+        s, positions = self.spec, segment_positions(segment_ids)
+        x = nn.Dense(s.dim, use_bias=False, name="in")(vectors * s.dim**0.5)
+        table = lambda name, rows: nn.Embed(rows, s.dim, embedding_init=nn.initializers.zeros, name=name)
+        if s.positions == "learned":
+            x = x + nn.Embed(s.max_positions, s.dim, name="position")(positions)
+        if "gap" in s.inputs:
+            x = x + table("gap", places_lib.TIME_ROWS)(places_lib.time_rows(places_lib.gaps(times, segment_ids)))
+        if "rating" in s.inputs:
+            x = x + table("rating", 1 + len(s.ratings))(places_lib.rating_rows(ratings, s.ratings))
         x = x if keys is None else dropout(x, fold(keys, "in"), s.dropout)
         mask = causal_mask(segment_ids)
+        near = mask & places_lib.same_session(times, segment_ids, s.session_gap) if s.session_gap else mask
+        seen = places_lib.Places(
+            positions=positions if s.positions == "rotary" else None,
+            distances=places_lib.distance_rows(segment_ids.shape[1], s.max_positions) if s.positions == "relative" else None,
+            times=places_lib.time_difference_rows(times) if s.time_bias else None,
+        )
         for n in range(s.layers):
-            x = _Block(s, name=f"layer_{n}")(x, mask, None if keys is None else fold(keys, n))
+            layer_keys = None if keys is None else fold(keys, n)
+            x = LAYERS[s.layer](s, name=f"layer_{n}")(x, near if n < s.layers // 2 else mask, seen, layer_keys)
         return nn.Dense(s.dim, use_bias=False, name="project")(nn.RMSNorm(name="norm")(x))
 
 
 def init(key: jax.Array, spec: HistorySpec) -> Params:
-    """Parameters of a history tower; `mask` [D] is of about unit length, as item vectors are."""
-    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), jnp.ones((1, 2), jnp.int32), None)["params"]
+    """Parameters of a history tower; `mask` [D] is of about unit length, as item vectors are.
+
+    Raises:
+      RecJaxError: ratings are read, and no ranges of them are given.
+    """
+    if "rating" in spec.inputs and not spec.ratings:
+        raise RecJaxError("the history tower reads ratings and has no ranges of them: set HistorySpec.ratings (data.places.rating_edges)")
+    places = jnp.ones((1, 2), jnp.int32)
+    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), places, places, places.astype(jnp.float32), None)["params"]
     return {**params, "mask": jax.random.normal(fold(key, "mask"), (spec.dim,)) * spec.dim**-0.5} if spec.mask else params
 
 
@@ -83,6 +126,8 @@ def encode(
     vectors: jax.Array,
     segment_ids: jax.Array,
     *,
+    times: jax.Array | None = None,
+    ratings: jax.Array | None = None,
     hidden: jax.Array | None = None,
     keys: jax.Array | None = None,
 ) -> jax.Array:
@@ -93,7 +138,10 @@ def encode(
       spec: the tower's sizes.
       vectors: item vectors of the places, of about unit length.
       segment_ids: 1.. within a row; each segment lies in one piece.
-      hidden: [R, S] bool, places whose item is hidden behind the learned vector; needs `spec.mask`. None = none.
+      times: [R, S] int32, seconds of the places' events since any moment of their segment's own; -1 = unknown. None = all unknown.
+      ratings: [R, S] float32, of the places' events; NaN = unknown. None = all unknown.
+      hidden: [R, S] bool, places whose item is hidden behind the learned vector, and time and rating are unknown; needs `spec.mask`.
+        None = none.
       keys: [R] typed keys, one a row, for dropout; None = no dropout.
 
     Raises:
@@ -103,4 +151,8 @@ def encode(
         if not spec.mask:
             raise RecJaxError("items of a history are hidden, but the tower has no vector for them: set HistorySpec.mask")
         vectors = jnp.where(hidden[..., None], params["mask"].astype(vectors.dtype), vectors)
-    return jnp.asarray(_History(spec).apply({"params": params}, vectors, segment_ids, keys))
+    times = jnp.full(segment_ids.shape, -1, jnp.int32) if times is None else jnp.asarray(times)
+    ratings = jnp.full(segment_ids.shape, jnp.nan) if ratings is None else jnp.asarray(ratings)
+    if hidden is not None:
+        times, ratings = jnp.where(hidden, -1, times), jnp.where(hidden, jnp.nan, ratings)
+    return jnp.asarray(_History(spec).apply({"params": params}, vectors, segment_ids, times, ratings, keys))

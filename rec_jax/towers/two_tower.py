@@ -83,6 +83,7 @@ def make_spec(
     context: tuple[int, ...] = (),
     mask: bool = False,
     features: Mapping[str, Mapping[str, int]] | None = None,
+    ratings: tuple[float, ...] = (),
 ) -> TwoTowerSpec:
     """The spec that `config.towers` states.
 
@@ -95,6 +96,7 @@ def make_spec(
       context: categories of each context field that the head reads.
       mask: the history tower has a learned vector for hidden items.
       features: of items: kind -> name -> size, see `features.FeatureSpec`.
+      ratings: of `HistorySpec`, where the history tower reads them.
 
     Raises:
       RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length.
@@ -110,7 +112,11 @@ def make_spec(
         raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
-    tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask) if u.kind == "history" else None
+    tower = None
+    if u.kind == "history":
+        kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
+        times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
+        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask, **kinds, **times)
     return TwoTowerSpec(
         dim=towers.dim,
         normalize=towers.normalize,
@@ -280,17 +286,21 @@ def packed_text_vectors(
     return unit_length(pooled) if spec.normalize else pooled
 
 
-def user_vectors(params: Params, spec: TwoTowerSpec, items: Array, histories: Array) -> jax.Array:
+def user_vectors(
+    params: Params, spec: TwoTowerSpec, items: Array, histories: Array, columns: Mapping[str, Array] | None = None
+) -> jax.Array:
     """Item vectors [N, D], histories [U, S] (oldest first, then -1) -> user vectors [U, D], at the last item of each history.
 
-    An empty history gives the vector of zeros: it prefers nothing.
+    An empty history gives the vector of zeros: it prefers nothing. `columns` are "times" and "ratings" [U, S] of the events, as
+    `history.encode` takes them; without them they are unknown.
     """
     if spec.history is None:
         raise RecJaxError(f"user tower {spec.user!r} is no history tower; written-out histories go through packed_text_vectors")
     histories = jnp.asarray(histories)
     vectors = jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0)
     there = histories >= 0
-    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32))
+    known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
+    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), **known)
     last = jnp.maximum(there.sum(-1) - 1, 0)
     user = jnp.take_along_axis(out, last[:, None, None], axis=1)[:, 0]
     user = unit_length(user) if spec.normalize else user

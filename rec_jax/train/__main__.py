@@ -120,6 +120,7 @@ class _Run:
     def _go_on(self) -> None:
         """Reads the workdir that the run goes on from, and finds out what is new."""
         start, share = start_lib.start_of(self.config), self.config.start.replay
+        start_lib.check_ratings(start, self._config_of((self.config.stages or ("",))[0]), self.prepared)
         self.difference = new = start_lib.difference(self.prepared, start.prepared)
         rows = {"items": new.items, "users": new.users}
         self.start = carry.Carried(continual.params_of(start), rows, str(start.workdir))

@@ -12,6 +12,7 @@ from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax.config_features import FEATURE_KEYS, has_features
+from rec_jax.config_places import OFF
 from rec_jax.types import RecJaxError
 
 # Keys that another machine may set otherwise without making it another run: they change no result.
@@ -51,6 +52,9 @@ def fingerprint(config: Any, *inputs: str) -> str:
         for key in FEATURE_KEYS:
             *groups, name = key.split(".")
             config_lib.get(kept, ".".join(groups)).pop(name)
+    for name, off in OFF.items():
+        if config.towers.user[name] == off:
+            kept["towers"]["user"].pop(name)
     return hashlib.sha256(json.dumps([kept, *inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -62,7 +62,8 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
         total += 3.0 * text_flops(towers.text, tokens, row_tokens=batch.row_tokens, train=False) + 3.0 * queries * head
     elif towers.history is not None:
         h = towers.history
-        once = h.layers * (8 * h.dim**2 + 4 * h.dim * h.mlp + 4 * batch.history_length * h.dim) + 4 * h.dim**2
+        products = 10 * h.dim**2 if h.layer == "hstu" else 8 * h.dim**2 + 4 * h.dim * h.mlp
+        once = h.layers * (products + 4 * batch.history_length * h.dim) + 4 * h.dim**2
         total += 3.0 * queries * once
         if any(o.history_views for o in spec.objectives):
             total += 6.0 * queries * (once + 4 * queries * towers.dim)

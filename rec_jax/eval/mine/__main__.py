@@ -73,7 +73,7 @@ def run(
     users = np.flatnonzero(train.lengths() >= 2)
     if not len(users):
         raise RecJaxError(f"{workdir}: no user has two train events, so there is no positive to mine below")
-    histories = Ragged.from_rows([train[int(u)][:-1] for u in users])
+    histories = train.take(users, without_last=1)
     positive = train.flat[train.offsets[users + 1] - 1]
     vectors = trained.model.user_vectors(trained.params, trained.items, histories)
     all_known = known_items(prepared, known)
