@@ -78,6 +78,7 @@ CHOICES = {
     "eval.rank_by": ("vectors", "task"),
     "objectives.info_nce.candidates": ("batch", "catalogue"),
     "optimizer.schedule": ("cosine", "constant", "plateau"),
+    "optimizer.rows": ("dense", "adam", "adagrad"),
 }
 POSITIVE = (
     "batch.shards", "batch.history_rows", "batch.history_length", "batch.max_items", "batch.text_rows", "batch.row_tokens",
@@ -103,6 +104,11 @@ def check(config: ConfigDict) -> None:
     for key in POSITIVE:
         if not get(config, key) > 0:
             raise RecJaxError(f"config.{key}={get(config, key)!r}: must be above 0")
+    if config.optimizer.rows != "dense" and config.optimizer.accumulate > 1:
+        raise RecJaxError(
+            f"config.optimizer.rows={config.optimizer.rows!r} updates each step's own rows: set config.optimizer.accumulate=1, and larger "
+            "batches in place of it, or config.optimizer.rows='dense'"
+        )
     for name in config.eval.baselines:
         if name not in BASELINES:
             raise RecJaxError(f"config.eval.baselines names {name!r}: expected some of {', '.join(BASELINES)}")

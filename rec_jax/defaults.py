@@ -108,6 +108,10 @@ def defaults() -> ConfigDict:
     c.towers.item.ids = False  # each catalogue item also has a trained vector of its own, zero at the start, added to its text's
     # Length, at the start, of what a whitened head makes of texts; 0 = sqrt(dim). The longer, the later items' own vectors count beside it
     c.towers.item.text_length = 0.0
+    # Rows of a smaller table of items' own vectors: an item's is the sum of those that id_hashes hashes of its catalogue index give
+    # (rec_jax.towers.ids.places); 0 = a row for each item
+    c.towers.item.id_buckets = 0
+    c.towers.item.id_hashes = 2
     c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
     c.towers.item.features = ConfigDict()  # parameters of data.features; they begin so that an item is what its text says
     c.towers.item.features.dim = 0  # width of a feature's own vector, with fusion="concat"; 0 = towers.dim
@@ -292,6 +296,9 @@ def defaults() -> ConfigDict:
     # then a linear way down to 0, so that a run is as long as its data can use; train.duration is the most
     c.optimizer.schedule = "cosine"
     c.optimizer.cooldown = 0.3  # plateau: steps of the way down, as a share of the steps before it
+    # Tables of items' and users' own vectors: dense: AdamW of every row in each step | adam, adagrad: only rows that a step looks up move,
+    # and their optimizer state, so that a step's cost does not grow with the catalogue (rec_jax.train.rows)
+    c.optimizer.rows = "dense"
     c.optimizer.warmup = "5 percent"  # duration
     c.optimizer.final = 0.0  # last learning rate as a share of the peak
     c.optimizer.beta1 = 0.9

@@ -20,8 +20,8 @@ from rec_jax.types import RecJaxError
 FILE = "data.json"  # of a workdir: which prepared data it is trained on
 # Keys that change no parameter's shape and yet what the parameters mean: those of the old workdir hold.
 SAME = (
-    "data.text.tokenizer", "towers.text.path", "towers.text.pooling", "towers.normalize", "towers.user.kind", "towers.user.heads",
-    "towers.user.positions", "towers.user.session_gap",
+    "data.text.tokenizer", "towers.text.path", "towers.text.pooling", "towers.normalize", "towers.item.id_buckets",
+    "towers.item.id_hashes", "towers.user.kind", "towers.user.heads", "towers.user.positions", "towers.user.session_gap",
 )  # fmt: skip
 
 

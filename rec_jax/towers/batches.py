@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rec_jax.mesh import BATCH_AXES, over_batch
 from rec_jax.towers import features as features_lib
 from rec_jax.towers import history, interactions, pretraining
+from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import encode, encode_layers, unit_length
 from rec_jax.towers.pool import pool_segments
 from rec_jax.towers.two_tower import (
@@ -132,7 +133,7 @@ def _drawn_for_queries(
 ) -> jax.Array:
     """Catalogue items [G, Q, K] -> vectors [G, Q, K, D], each made where it is drawn, or all once where more are drawn than there are."""
     ids = over_batch(jnp.maximum(ids, 0))
-    if table is not None and ids.size > len(table):
+    if table is not None and ids.size > len(table) and "rows" not in params.get("ids", {}):
         return over_batch(jnp.take(item_vectors(params, spec, table, features), ids, axis=0))
     return over_batch(some_items(params, spec, _rows_of(table, ids), ids, features))
 
@@ -148,7 +149,7 @@ def _users(
 ) -> jax.Array:
     """Items of the batch [G, M, D] -> user vectors [G, Q, D]."""
     if spec.user == "id":
-        user = over_batch(jnp.take(params["users"]["embedding"], jnp.maximum(batch.user_ids, 0), axis=0))
+        user = over_batch(ids_lib.look_up(params["users"], batch.user_ids))
         return unit_length(user) if spec.normalize else user
     if spec.history is None:
         pooled = _packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user"), chunk_rows, mesh)

@@ -17,15 +17,13 @@ import numpy as np
 
 from rec_jax.towers import features as features_lib
 from rec_jax.towers import heads, history, interactions, lora
+from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import BertSpec, unit_length
 from rec_jax.towers.bert import encode as encode_text
 from rec_jax.towers.bert import init as init_text
 from rec_jax.towers.dropout import fold
 from rec_jax.towers.pool import pool_segments
 from rec_jax.types import Array, Params, RecJaxError
-
-ID_SCALE = 0.02  # standard deviation, at the start, of the numbers of items' own vectors where there is no text beside them
-ID_ROWS = 256  # a table of ID vectors has a multiple of this many rows, so that up to 256 devices hold equal parts of it, whatever N is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +38,7 @@ class TwoTowerSpec:
       texts_per_row: K of packed rows.
       head, hidden: kind and inner width of the item head.
       n_ids: N where each catalogue item also has a vector of its own, added to the head's; 0 = text only.
+      id_buckets, id_hashes: rows of the hashed table of these vectors, and how many of them are summed for an item; 0 = a row for each.
       item_text: False: an item is its own vector, and its features, alone; there is no head.
       id_dropout: probability that a training step does not know an item's own vector.
       features: what items have beside text and ID, or None.
@@ -70,6 +69,18 @@ class TwoTowerSpec:
     lora_alpha: float = 1.0
     lora_pattern: str = ""
     features: features_lib.FeatureSpec | None = None
+    id_buckets: int = 0
+    id_hashes: int = 2
+
+    @property
+    def id_rows(self) -> int:
+        """Rows of the table of items' own vectors."""
+        return ids_lib.table_rows(self.id_buckets or self.n_ids)
+
+    @property
+    def id_options(self) -> dict[str, int]:
+        """How `ids` finds an item's own vector in the table."""
+        return {"buckets": self.id_buckets, "hashes": self.id_hashes}
 
 
 def make_spec(
@@ -99,7 +110,8 @@ def make_spec(
       ratings: of `HistorySpec`, where the history tower reads them.
 
     Raises:
-      RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length.
+      RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length or id_buckets, no id_hashes,
+        buckets without IDs.
     """
     t, u, h = towers.text, towers.user, towers.task
     if not 0 <= towers.item.id_dropout < 1:
@@ -108,6 +120,13 @@ def make_spec(
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} drops items' own vectors: set config.towers.item.ids")
     if not towers.item.text and towers.item.id_dropout:
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} leaves nothing of an item without text: set it to 0")
+    if towers.item.id_buckets < 0 or towers.item.id_hashes < 1:
+        key, least = ("id_buckets", "0, a row for each item") if towers.item.id_buckets < 0 else ("id_hashes", "1")
+        raise RecJaxError(f"config.towers.item.{key}={towers.item[key]!r}: must be at least {least}")
+    if towers.item.id_buckets and not towers.item.ids:
+        raise RecJaxError(
+            f"config.towers.item.id_buckets={towers.item.id_buckets} is of items' own vectors: set config.towers.item.ids=True, or it to 0"
+        )
     if towers.item.text_length < 0:
         raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
@@ -126,6 +145,8 @@ def make_spec(
         head=towers.item.head,
         hidden=towers.item.hidden,
         n_ids=n_items if towers.item.ids else 0,
+        id_buckets=towers.item.id_buckets,
+        id_hashes=towers.item.id_hashes,
         item_text=towers.item.text,
         user=u.kind,
         history=tower,
@@ -158,8 +179,8 @@ def make_spec(
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
     """Fresh parameters {"item"?, "ids"?, "features"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
 
-    ID vectors of items start at zero: an item begins as what its text says. Without text they are drawn, small. Their table has N rows
-    filled up to a multiple of ID_ROWS, that of users has U so; nothing reads the rows behind.
+    ID vectors of items start at zero: an item begins as what its text says. Without text they are drawn, small. Their table has N rows,
+    or as many as there are buckets, filled up to a multiple of `ids.ID_ROWS`, that of users has U so; nothing reads the rows behind.
 
     Args:
       key: typed key.
@@ -174,12 +195,12 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
         item = jax.jit(lambda k: heads.init(k, text_width=spec.text.width, dim=spec.dim, hidden=spec.hidden, kind=spec.head))(item_key)
         params["item"] = item if table is None else heads.whitened(item, np.asarray(table), length=spec.text_length)
     if spec.n_ids:
-        shape = (_id_rows(spec.n_ids), spec.dim)
-        params["ids"] = {"embedding": jnp.zeros(shape) if spec.item_text else ID_SCALE * jax.random.normal(item_key, shape)}
+        shape, scale = (spec.id_rows, spec.dim), ids_lib.ID_SCALE * (spec.id_hashes**-0.5 if spec.id_buckets else 1.0)
+        params["ids"] = {"embedding": jnp.zeros(shape) if spec.item_text else scale * jax.random.normal(item_key, shape)}
     if spec.features is not None:
         params["features"] = features_lib.init(fold(key, "features"), spec.features, spec.dim)
     if spec.user == "id":
-        draw = jax.random.normal(fold(key, "users"), (_id_rows(spec.n_users), spec.dim))
+        draw = jax.random.normal(fold(key, "users"), (ids_lib.table_rows(spec.n_users), spec.dim))
         params["users"] = {"embedding": draw * spec.dim**-0.5}
     if spec.history is not None:
         tower = spec.history
@@ -192,10 +213,6 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
     if spec.lora_rank:
         params["lora"] = lora.init(fold(key, "lora"), params, rank=spec.lora_rank, pattern=spec.lora_pattern)
     return params
-
-
-def _id_rows(n: int) -> int:
-    return -(-n // ID_ROWS) * ID_ROWS
 
 
 def merged(params: Params, spec: TwoTowerSpec) -> Params:
@@ -244,7 +261,8 @@ def item_vectors(params: Params, spec: TwoTowerSpec, text: Array | None, feature
     Raises:
       RecJaxError: the towers read features, and none are given.
     """
-    return text_item_vectors(params, spec, text, params["ids"]["embedding"][: spec.n_ids] if spec.n_ids else None, _given(spec, features))
+    own = ids_lib.all_vectors(params["ids"], spec.n_ids, **spec.id_options) if spec.n_ids else None
+    return text_item_vectors(params, spec, text, own, _given(spec, features))
 
 
 def some_items(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Array, features: features_lib.Rows | None = None) -> jax.Array:
@@ -253,7 +271,7 @@ def some_items(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Arra
     Raises:
       RecJaxError: as `item_vectors`.
     """
-    own = jnp.take(params["ids"]["embedding"], jnp.maximum(ids, 0), axis=0) if spec.n_ids else None
+    own = ids_lib.vectors(params["ids"], ids, **spec.id_options) if spec.n_ids else None
     rows = _given(spec, features)
     return text_item_vectors(params, spec, text, own, None if rows is None else features_lib.rows_of(rows, ids))
 
@@ -268,13 +286,8 @@ def _given(spec: TwoTowerSpec, features: features_lib.Rows | None) -> features_l
 
 
 def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:
-    """Parameters in which each item's own vector is zero with probability `spec.id_dropout`: the same items on both sides of the loss.
-
-    Reference: Volkovs et al., "DropoutNet: Addressing Cold Start in Recommender Systems" (2017), section 4.2.
-    """
-    table = params["ids"]["embedding"]
-    keep = jax.random.bernoulli(key, 1.0 - spec.id_dropout, (table.shape[0], 1))
-    return {**params, "ids": {"embedding": jnp.where(keep, table, 0.0)}}
+    """Parameters in which each item's own vector is zero with probability `spec.id_dropout`; see `ids.without_some`."""
+    return {**params, "ids": ids_lib.without_some(params["ids"], key, rate=spec.id_dropout, buckets=spec.id_buckets)}
 
 
 def packed_text_vectors(

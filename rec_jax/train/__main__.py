@@ -123,7 +123,7 @@ class _Run:
         start_lib.check_ratings(start, self._config_of((self.config.stages or ("",))[0]), self.prepared)
         self.difference = new = start_lib.difference(self.prepared, start.prepared)
         rows = {"items": new.items, "users": new.users}
-        self.start = carry.Carried(continual.params_of(start), rows, str(start.workdir))
+        self.start = carry.Carried(continual.params_of(start), rows, str(start.workdir), start.config.towers.item.id_buckets > 0)
         self.start_mark, self.replay = mark_of(start.folder), Replay(share, new.events)
         lengths = self.prepared.train_lengths()
         self.replay.turns(Windows.of(lengths, None), lengths)  # finds out now whether there is anything new

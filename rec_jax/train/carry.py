@@ -25,28 +25,33 @@ class Carried:
       params: those of the old workdir, without its encoder.
       rows: {"items" [N], "users" [U]}, row of each item and user in the old data, -1 = new.
       place: the old workdir, for messages.
+      hashed: items' own vectors are those of a hashed table, with the same buckets in both (`data.start.check`).
     """
 
     params: Params
     rows: Mapping[str, np.ndarray]
     place: str
+    hashed: bool = False
 
 
 def laid_out(carried: Carried, fresh: Params) -> dict[str, Any]:
     """The old parameters with ID tables in the order of the new data: rows of new items and users are those of `fresh`.
+
+    A hashed table is the old one as it is, for each item's place in it comes from its index alone: known items must have kept theirs. New
+    items have then the vectors that their hashes give, of rows that others have trained.
 
     Args:
       carried: the old ones.
       fresh: parameters of the new run, or their shapes.
 
     Raises:
-      RecJaxError: towers that do not fit; names the parameter and both shapes.
+      RecJaxError: towers that do not fit; names the parameter and both shapes. A hashed table, and an item that stands elsewhere now.
     """
     check(carried, fresh)
     out: dict[str, Any] = {name: value for name, value in carried.params.items() if name in fresh}
     for name, kind in TABLES.items():
         group, leaf = name.split("/")
-        if group in out:
+        if group in out and not (carried.hashed and kind == "items"):
             table, rows = jnp.asarray(fresh[group][leaf]), carried.rows[kind]
             kept = np.flatnonzero(rows >= 0)
             out[group] = {leaf: table.at[kept].set(jnp.asarray(carried.params[group][leaf])[rows[kept]])}
@@ -69,6 +74,8 @@ def _features(old: Params, fresh: Params) -> dict[str, Any]:
 def check(carried: Carried, fresh: Params) -> None:
     """See `laid_out`."""
     old, new = _shapes(carried.params), _shapes(fresh)
+    if carried.hashed and "ids" in carried.params:
+        _check_hashed(carried)
     for name in sorted(old.keys() | new.keys()):
         group = name.partition("/")[0]
         if group not in GROUPS:
@@ -77,12 +84,23 @@ def check(carried: Carried, fresh: Params) -> None:
             continue
         added = group not in carried.params  # a table of the new run alone begins as a fresh one does
         a, b = (shapes.get(name) for shapes in (old, new))
-        if name in TABLES and a and b:
+        if name in TABLES and a and b and not (carried.hashed and name == "ids/embedding"):
             a, b = a[1:], b[1:]
         if group == "features" and _may_grow(name, a, b):
             a, b = b, b
         if a != b and not (added and (name in TABLES or group == "features")):
             raise RecJaxError(_differ(name, old, new, carried.place))
+
+
+def _check_hashed(carried: Carried) -> None:
+    rows = carried.rows["items"]
+    moved = np.flatnonzero((rows >= 0) & (rows != np.arange(len(rows))))
+    if len(moved):
+        raise RecJaxError(
+            f"item {moved[0]} of this data is item {rows[moved[0]]} in that of {carried.place} (config.start.path), and {len(moved) - 1} "
+            "more have moved, but a hashed table (config.towers.item.id_buckets) goes by an item's number: let new items come last in the "
+            "items file, or train that workdir with id_buckets=0, whose rows go with their ids"
+        )
 
 
 def _may_grow(name: str, old: tuple[int, ...] | None, new: tuple[int, ...] | None) -> bool:

@@ -28,6 +28,7 @@ class StepSpec:
       chunk_rows: packed text rows of a shard that go through the encoder at a time; 0 = all.
       kind: what batches are made of: "users" (histories or impressions), "texts" or "pairs".
       teacher: towers of the teacher, or None.
+      row_tables: groups of parameters whose tables move by the row (`rows.tables_of`).
     """
 
     towers: TwoTowerSpec
@@ -36,6 +37,7 @@ class StepSpec:
     chunk_rows: int = 0
     kind: str = "users"
     teacher: TwoTowerSpec | None = None
+    row_tables: tuple[str, ...] = ()
 
     @property
     def momentum(self) -> float:
@@ -92,8 +94,7 @@ def outputs(
     rows |= {"user": 0 if users is None else users.shape[1], "head": 1}
     if wants("history_views"):
         rows["history_view"] = 2 * rows["user"]
-    uniform, per_query = max(o.uniform for o in spec.objectives), max(o.per_query for o in spec.objectives)
-    n_items = len(constants.log_q)
+    drawn_ids, query_drawn_ids = draws(spec, batch, draw, n_items=len(constants.log_q))
     keys = _keys(key, shards, rows)
     if keys is not None and key is not None:
         keys |= {"ids": fold(key, "ids"), "features": fold(key, "features")}
@@ -107,13 +108,22 @@ def outputs(
         keys=keys,
         views=wants("views"),
         history_views=wants("history_views"),
-        drawn_ids=jax.random.randint(fold(draw, "uniform"), (uniform,), 0, n_items) if uniform else None,
-        query_drawn_ids=unseen_items(fold(draw, "queries"), batch, n_items=n_items, draws=per_query) if per_query else None,
+        drawn_ids=drawn_ids,
+        query_drawn_ids=query_drawn_ids,
         texts=constants.texts,
         layers=wants("layers"),
         scores=wants("scores"),
         chunk_rows=spec.chunk_rows,
         mesh=mesh,
+    )
+
+
+def draws(spec: StepSpec, batch: Batch, draw: jax.Array, *, n_items: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Catalogue items that a step draws -> for all queries together [U], for each by itself [G, Q, K]; None where no objective asks."""
+    uniform, per_query = max(o.uniform for o in spec.objectives), max(o.per_query for o in spec.objectives)
+    return (
+        jax.random.randint(fold(draw, "uniform"), (uniform,), 0, n_items) if uniform else None,
+        unseen_items(fold(draw, "queries"), batch, n_items=n_items, draws=per_query) if per_query else None,
     )
 
 

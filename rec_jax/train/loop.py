@@ -108,7 +108,8 @@ def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Shapes of the state and their shardings.
 
     Parameters go by the rules. Whatever repeats a parameter, by the end of its name and by its shape (moments, accumulated gradients,
-    momentum parameters), lies as the parameter does; the queue lies over the batch axes; the rest is whole on every device.
+    momentum parameters), lies as the parameter does, and what has a number a row of it as its rows; the queue lies over the batch axes;
+    the rest is whole on every device.
 
     Raises:
       RecJaxError: a parameter that no rule matches, or one that a rule does not divide.
@@ -127,6 +128,8 @@ def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
             shape, sharding = placed.get(name, (None, None))
             if shape == leaf.shape:
                 return sharding
+            if shape is not None and shape[:1] == leaf.shape:
+                return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
             name = name.partition("/")[2]
         return mesh_lib.replicated(mesh)
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine; decay, freezing and learning-rate factors by regex on parameter names."""
+"""AdamW with warm-up and cosine, ID tables by the row if asked for; decay, freezing and learning-rate factors by regex on names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import optax
 
 from rec_jax.mesh import path_name
+from rec_jax.train import rows
 from rec_jax.types import RecJaxError
 
 
@@ -32,6 +33,7 @@ class OptimizerSpec:
     clip: float
     accumulate: int
     cooldown: float = 0.3
+    rows: str = "dense"
 
 
 def schedule(spec: OptimizerSpec) -> optax.Schedule:
@@ -59,7 +61,10 @@ def check_patterns(params: Any, spec: OptimizerSpec) -> None:
 
 
 def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
-    """The optimizer; frozen parameters have no optimizer state and take no part in the clipped norm."""
+    """The optimizer; frozen parameters have no optimizer state and take no part in the clipped norm.
+
+    With `rows`, it is given the touched rows of ID tables and of their state alone (`rows.taken`).
+    """
 
     def scale(updates: Any, params: Any = None) -> Any:
         del params
@@ -73,8 +78,9 @@ def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(factor, updates)
 
     parts = [optax.clip_by_global_norm(spec.clip)] if spec.clip else []
+    adam = optax.scale_by_adam(b1=spec.beta1, b2=spec.beta2)
     parts += [
-        optax.scale_by_adam(b1=spec.beta1, b2=spec.beta2),
+        adam if spec.rows == "dense" else rows.by_kind(spec.rows, adam, b1=spec.beta1, b2=spec.beta2),
         optax.add_decayed_weights(spec.weight_decay, mask=lambda p: jax.tree.map(lambda no: not no, _matches(p, spec.no_decay))),
         optax.stateless(scale),
         optax.scale_by_learning_rate(schedule(spec)),

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -23,7 +22,7 @@ from rec_jax.data.pipeline import Batches
 from rec_jax.data.prepare import Prepared
 from rec_jax.data.text_batches import TextBatches, text_spec
 from rec_jax.data.windows import Replay
-from rec_jax.towers import heads, interactions, pretraining, two_tower
+from rec_jax.towers import heads, ids, interactions, pretraining, two_tower
 from rec_jax.towers.dropout import fold
 from rec_jax.train import carry, loop, objectives
 from rec_jax.train.forwards import Constants, StepSpec
@@ -83,8 +82,8 @@ def make_step(
             f"pairs of config.batch.row_tokens={config.batch.row_tokens} tokens need an encoder of as many positions; it has "
             f"{towers.text.max_positions}"
         )
-    chunk, kind = config.batch.chunk_rows, config.batch.kind
-    return make_spec(towers, made, shards=batch.shards, queries=batch.queries, chunk_rows=chunk, kind=kind, teacher=teacher)
+    options = {"chunk_rows": config.batch.chunk_rows, "kind": config.batch.kind, "rows": config.optimizer.rows}
+    return make_spec(towers, made, shards=batch.shards, queries=batch.queries, teacher=teacher, **options)
 
 
 def step_of(config: Any, inputs: Inputs) -> StepSpec:
@@ -171,7 +170,8 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
 
     The encoder's are `inputs.text_params`. A student's item head begins as the linear map that takes its text vectors nearest to its
     teacher's, for they mean something else than the teacher's; its items' own vectors begin as what that leaves. So it begins with its
-    teacher's vectors of the items that are known, and new ones are what their texts say.
+    teacher's vectors of the items that are known, and new ones are what their texts say. A hashed table of own vectors takes what is left
+    as near as its rows allow (`ids.fitted`).
 
     Raises:
       RecJaxError: a stage before has a parameter of the same name and another shape, and none of both is a student.
@@ -218,7 +218,7 @@ def _nearest_to_teacher(
             teacher = dataclasses.replace(teacher, features=None)
         whole = np.asarray(two_tower.item_vectors(taught, teacher, table, arrays.get("features")))
         rest = whole - two_tower.text_item_vectors(out, towers, inputs.table)
-        out["ids"] = {"embedding": jnp.asarray(params["ids"]["embedding"]).at[: len(rest)].set(rest)}
+        out["ids"] = {"embedding": ids.fitted(params["ids"]["embedding"], rest, **towers.id_options)}
     return out
 
 
@@ -275,6 +275,7 @@ def make_task(
         clip=opt.clip,
         cooldown=opt.cooldown,
         accumulate=opt.accumulate,
+        rows=opt.rows,
     )
     loop_spec = loop.LoopSpec(
         total=total,

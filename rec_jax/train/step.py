@@ -15,6 +15,7 @@ from rec_jax.mesh import BATCH_AXES, batch_sharding, replicated
 from rec_jax.towers import two_tower
 from rec_jax.towers.dropout import fold
 from rec_jax.train import forwards
+from rec_jax.train import rows as rows_lib
 from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.objectives import Objective, check, ramp_up, target_ids, targets
 from rec_jax.train.state import RNG, QueueSpec, TrainState, cooled, follow, push
@@ -30,8 +31,11 @@ def make_spec(
     chunk_rows: int = 0,
     kind: str = "histories",
     teacher: two_tower.TwoTowerSpec | None = None,
+    rows: str = "dense",
 ) -> StepSpec:
     """The spec of a step on batches of G shards with Q queries each; `kind` is what they are made of (`config.batch.kind`).
+
+    `rows` is `config.optimizer.rows`: how the tables of own vectors move.
 
     Raises:
       RecJaxError: an objective that towers, teacher or batches do not fit, a negative chunk.
@@ -42,7 +46,8 @@ def make_spec(
     longest = max(o.queue for o in objectives)
     queue = QueueSpec(shards, longest // (shards * queries), queries, towers.dim) if longest else None
     taught = teacher if any(o.teacher for o in objectives) else None
-    return StepSpec(towers, objectives, queue, chunk_rows, kind if kind in ("texts", "pairs") else "users", taught)
+    tables = rows_lib.tables_of(rows, objectives, towers, kind=kind)
+    return StepSpec(towers, objectives, queue, chunk_rows, kind if kind in ("texts", "pairs") else "users", taught, tables)
 
 
 def init_scalars(objectives: tuple[Objective, ...]) -> dict[str, jax.Array]:
@@ -135,12 +140,18 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=RNG), state.step)
         keys = forwards.momentum_outputs(state.momentum, spec, batch, constants, several) if spec.momentum else None
-        grad = jax.value_and_grad(_loss, has_aux=True)
-        (loss, (metrics, outputs)), grads = grad(state.params, spec, batch, constants, key, state.step, keys, state.queue, several)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        touched = rows_lib.touched(state.params, spec, batch, n_items=len(constants.log_q), draw=key, whole=whole)
+        params, opt_state = (rows_lib.taken(tree, touched, whole) for tree in (state.params, state.opt_state))
+
+        def loss_of(params: Any) -> Any:
+            return _loss(rows_lib.looked_up_in(params, touched), spec, batch, constants, key, state.step, keys, state.queue, several)
+
+        (loss, (metrics, outputs)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         if state.cooldown is not None:
             updates = optax.tree.scale(cooled(state.step, state.cooldown), updates)
-        params = optax.apply_updates(state.params, updates)
+        params = rows_lib.put_back(state.params, optax.apply_updates(params, updates), touched)
+        opt_state = rows_lib.put_back(state.opt_state, opt_state, touched)
         tokens = sum(jnp.sum(s > 0) for s in (batch.item_segments, batch.user_segments) if s is not None)
         metrics |= {
             "loss": loss,

@@ -242,8 +242,12 @@ def _with_log_q(sets: list[Candidates], drawn: list[Candidates], log_q: Any) -> 
     popular = jnp.asarray(sum(jnp.sum(c.mask) for c in sets), jnp.float32)
     uniform = sum(len(c.ids) for c in drawn)
     total = jnp.log(popular + uniform)
-    mixture = jnp.logaddexp(log_q + jnp.log(popular), math.log(uniform / len(log_q))) - total
-    return [[c._replace(log_q=jnp.take(mixture, jnp.maximum(c.ids, 0))) for c in some] for some in (sets, drawn)]
+    share = math.log(uniform / len(log_q))
+
+    def mixture(ids: jax.Array) -> jax.Array:
+        return jnp.logaddexp(jnp.take(log_q, jnp.maximum(ids, 0)) + jnp.log(popular), share) - total
+
+    return [[c._replace(log_q=mixture(c.ids)) for c in some] for some in (sets, drawn)]
 
 
 def _positives(keys: Outputs, batch: Batch, spec: InfoNCESpec) -> dict[str, Any]:
