@@ -316,16 +316,7 @@ def stage_with_towers(whole: ConfigDict, stage: str | None, workdir: epath.PathL
 
 
 UNITS = ("steps", "epochs", "examples", "percent")
-AUTO = "auto"  # as train.duration: `auto_epochs`
-
-
-def auto_epochs(targets_per_item: float) -> float:
-    """How many epochs histories want, by how often an epoch predicts an item on average: 6 at 10.86 times, 18 at 290; 3 to 30.
-
-    Items that are seldom a target soon know by heart whose histories they follow; where each is a target often, a tower goes on learning.
-    The cube root goes through what was found best on Amazon Beauty (10.86) and what MovieLens-1M (290) could still use.
-    """
-    return min(30.0, max(3.0, 6.0 * (targets_per_item / 10.86) ** (1 / 3)))
+AUTO = "auto"  # as train.duration: by the data (rec_jax.train.adapt)
 
 
 def steps(duration: str, place: str, *, steps_per_epoch: float, examples_per_step: float, total: int) -> int:

@@ -29,7 +29,7 @@ def sequences(c: ConfigDict) -> None:
     c.batch.drop_events = 0.25
     c.objectives.info_nce.neighbour_share = 0.3
     c.optimizer.beta2 = 0.999
-    c.train.duration = "auto"
+    c.train.duration, c.train.adapt = "auto", True
     c.train.log_every = "100 steps"
     c.train.patience = 4
     c.eval.max_users = 5000

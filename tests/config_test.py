@@ -307,12 +307,6 @@ def test_model_folder_says_what_was_tried(path, message):
         config_lib.model_folder(path)
 
 
-def test_epochs_by_how_often_an_item_is_predicted():
-    assert config_lib.auto_epochs(10.86) == 6
-    assert config_lib.auto_epochs(8 * 10.86) == pytest.approx(12)
-    assert (config_lib.auto_epochs(0.1), config_lib.auto_epochs(1e6)) == (3, 30)
-
-
 def test_only_histories_have_targets_to_count():
     config = config_lib.defaults()
     config.train.duration = "auto"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 
-from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
 from rec_jax.checkpoint import Checkpoints
 from rec_jax.eval.workdir import best_params
@@ -193,10 +192,3 @@ def test_plain_progress_lines(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(5.2, "5 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")])
 def test_durations_for_people(seconds, text):
     assert log_lib.duration(seconds) == text
-
-
-def test_duration_auto_is_that_many_epochs(tmp_path):
-    task = tiny.task(tiny.config(**{"train.duration": "auto"}), tmp_path)
-    per_item = sum(max(0, n - 1) for n in tiny.World().train_lengths()) / tiny.N_ITEMS
-    epoch = task.batches.examples_per_epoch / task.batches.examples_per_step()
-    assert task.loop.total == round(config_lib.auto_epochs(per_item) * epoch) > epoch

@@ -34,6 +34,7 @@ from rec_jax.serve.recommend import Recommender, as_text
 from rec_jax.towers import save_hf, two_tower
 from rec_jax.towers.student import shrink
 from rec_jax.train import carry, chain, held_out, loop, objectives, plan, stages
+from rec_jax.train.adapt import adapted
 from rec_jax.train.log import duration
 from rec_jax.types import Params, Ragged, RecJaxError
 
@@ -131,7 +132,9 @@ class _Run:
         self.clock.say(f"  going on from {start.folder}; new: {counts}; {share:.0%} of the other windows come again")
 
     def _config_of(self, name: str) -> Any:
-        return config_lib.for_stage(self.config, name) if name else self.config
+        """The config of a stage, with what it leaves to the data."""
+        config = config_lib.for_stage(self.config, name) if name else self.config
+        return adapted(config, self.prepared.train_lengths(), self.prepared.n_items)
 
     def _check(self, config: Any, name: str) -> None:
         """Finds out before any stage runs what can be wrong with this one."""

@@ -249,13 +249,11 @@ def make_task(
     per_step = batches.examples_per_step()
     per_epoch = batches.examples_per_epoch / per_step
     train, opt = config.train, config.optimizer
-    lasts = train.duration
-    if lasts == config_lib.AUTO:
-        lasts = f"{config_lib.auto_epochs(batches.times_predicted().sum() / inputs.prepared.n_items)} epochs"
 
     def steps(key: str, total: int) -> int:
-        value = lasts if key == "train.duration" else config_lib.get(config, key)
-        return config_lib.steps(value, f"config.{key}", steps_per_epoch=per_epoch, examples_per_step=per_step, total=total)
+        return config_lib.steps(
+            config_lib.get(config, key), f"config.{key}", steps_per_epoch=per_epoch, examples_per_step=per_step, total=total
+        )
 
     total = steps("train.duration", 0)
     if total < 1:

@@ -1,0 +1,49 @@
+"""What a config leaves to the data: how long, and how much against learning by heart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+
+from rec_jax.train import adapt
+
+
+def test_times_predicted_counts_all_but_first_events():
+    assert adapt.times_predicted(np.array([0, 1, 2, 5]), 10) == 0.5
+
+
+def test_epochs_and_strengths_by_how_often_an_item_is_predicted():
+    assert adapt.epochs(10.86) == 6
+    assert adapt.epochs(8 * 10.86) == pytest.approx(12)
+    assert (adapt.epochs(0.1), adapt.epochs(1e6)) == (3, 30)
+    assert adapt.strength(0) == adapt.strength(1) == adapt.strength(10.86) == 1
+    assert adapt.strength(4 * 10.86) == pytest.approx(0.5)
+
+
+def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
+    lengths, items = np.full(100, 1 + 4 * 1086), 10_000
+    as_it_is = tiny.config()
+    assert adapt.adapted(as_it_is, lengths, items) is as_it_is
+    given = tiny.config(
+        **{"train.duration": "auto", "train.adapt": True, "batch.drop_events": 0.2, "objectives.info_nce.neighbour_share": 0.3}
+    )
+    found = adapt.adapted(given, lengths, items)
+    assert found.train.duration == f"{6 * 4 ** (1 / 3):.2f} epochs"
+    assert (found.batch.drop_events, found.objectives.info_nce.neighbour_share) == (0.1, 0.15)
+    assert found.is_locked
+    assert given.train.duration == "auto"
+    assert given.batch.drop_events == 0.2
+    again = adapt.adapted(found, lengths, items)
+    assert again.train.duration == found.train.duration
+    only_long = adapt.adapted(tiny.config(**{"train.duration": "auto", "batch.drop_events": 0.2}), lengths, items)
+    assert only_long.batch.drop_events == 0.2
+
+
+def test_a_run_takes_that_many_epochs(tmp_path):
+    world = tiny.World()
+    config = adapt.adapted(tiny.config(**{"train.duration": "auto"}), world.train_lengths(), tiny.N_ITEMS)
+    task = tiny.task(config, tmp_path)
+    per_item = sum(max(0, n - 1) for n in world.train_lengths()) / tiny.N_ITEMS
+    epoch = task.batches.examples_per_epoch / task.batches.examples_per_step()
+    assert task.loop.total == round(float(f"{adapt.epochs(per_item):.2f}") * epoch) > epoch
