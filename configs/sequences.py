@@ -10,20 +10,24 @@ heart; longer histories may want more (`--config.train.duration`, or `--config.o
 
 Presets beside it for comparison: `sasrec` is SASRec (Kang & McAuley 2018) with one drawn negative for each place, `sasrec_ce` the same
 with the softmax over the whole catalogue. Both know items by their IDs alone, on dot products, and stop 20 epochs after the best.
+`bert4rec` is BERT4Rec (Sun et al. 2019) in the sizes and with the loss of `sasrec_ce`: hidden items are found from both sides; it stops
+40 epochs after the best.
 """
 
 from rec_jax import recipes
 from rec_jax.defaults import defaults
 
-PRESETS = ("", "smoke", "sasrec", "sasrec_ce")
+PRESETS = ("", "smoke", "sasrec", "sasrec_ce", "bert4rec")
 
 
 def get_config(arg=None):
-    """`smoke`: a few steps, to see that a file is read as it should be. `sasrec`, `sasrec_ce`: see above."""
+    """`smoke`: a few steps, to see that a file is read as it should be. `sasrec`, `sasrec_ce`, `bert4rec`: see above."""
     c = defaults()
     recipes.sequences(c)
     if arg in ("sasrec", "sasrec_ce"):
         recipes.sasrec(c, loss="ce" if arg == "sasrec_ce" else "bce")
+    if arg == "bert4rec":
+        recipes.bert4rec(c)
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from rec_jax.config_features import check_features, check_stage
 from rec_jax.config_flags import override
+from rec_jax.config_histories import check_histories
 from rec_jax.config_places import check_places
 from rec_jax.defaults import defaults
 from rec_jax.types import RecJaxError
@@ -118,10 +119,7 @@ def check(config: ConfigDict) -> None:
             raise RecJaxError(f"config.data.on_bad.{key}={value!r}: expected one of {', '.join(allowed)}")
     if config.towers.dim % config.towers.user.heads:
         raise RecJaxError(f"config.towers.dim={config.towers.dim} is not divisible by config.towers.user.heads={config.towers.user.heads}")
-    longest = max(config.eval.history_length, config.batch.history_length)
-    user = config.towers.user
-    if user.kind == "history" and user.positions == "learned" and longest > user.max_positions:
-        raise RecJaxError(f"histories of {longest} places need config.towers.user.max_positions={user.max_positions} to be as large")
+    check_histories(config)
     if config.data.text.max_tokens > config.batch.row_tokens:
         raise RecJaxError(
             f"config.data.text.max_tokens={config.data.text.max_tokens} does not fit a row of "
@@ -131,8 +129,6 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError("config.towers.user.kind='text' encodes texts in the step: set config.towers.text.source='tokens'")
     if config.batch.kind == "texts" and config.towers.text.source != "tokens":
         raise RecJaxError("config.batch.kind='texts' trains the encoder: set config.towers.text.source='tokens'")
-    if not 0 <= config.batch.drop_events < 1:
-        raise RecJaxError(f"config.batch.drop_events={config.batch.drop_events!r}: must be at least 0 and below 1; 0 leaves none out")
     if config.batch.kind == "pairs":
         _check_pairs(config)
     if not config.towers.item.text:

@@ -68,6 +68,10 @@ def defaults() -> ConfigDict:
     # Probability that an event of a window is left out, anew each epoch: neither in the history nor a target, so that items that stand a
     # little further apart follow each other too, and histories are not learned by heart; only with kind="histories"
     c.batch.drop_events = 0.0
+    # Share of a window's places whose items are hidden, anew each epoch, and sought from both sides (BERT4Rec; only with kind="histories");
+    # 0 = off: each place seeks the next item. To rank, a hidden place stands behind the history
+    c.batch.cloze = 0.0
+    c.batch.cloze_last = 0.1  # with cloze: probability that a window's last place alone is hidden, which is what ranking asks
     c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
     c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
     c.batch.row_tokens = 64  # T, tokens of a packed row
@@ -127,7 +131,8 @@ def defaults() -> ConfigDict:
     # Probability that a step does not know a feature of an item, for each feature; nothing is scaled up for it
     c.towers.item.modality_dropout = 0.0
     c.towers.user = ConfigDict()
-    # history: causal transformer over item vectors | text: the history written out as text | id: a trained vector of each user
+    # history: transformer over item vectors, causal but with batch.cloze | text: the history written out as text
+    # | id: a trained vector of each user
     c.towers.user.kind = "history"
     c.towers.user.layers = 2
     c.towers.user.heads = 2
@@ -145,6 +150,9 @@ def defaults() -> ConfigDict:
     c.towers.user.time_bias = False  # a bias of each head by the time between two places
     # Seconds: a longer pause begins a session, and the first half of the layers sees a place's own session alone; 0 = no sessions
     c.towers.user.session_gap = 0
+    # Vectors of a user. Above 1, training takes that which is nearest to a query's target, and the highest of its dot products is an item's
+    # score; only with kind="history"
+    c.towers.user.interests = 1
     c.towers.task = ConfigDict()  # the head that scores pairs of users and items, with their context; only where an objective asks for it
     c.towers.task.kind = "dot"  # dot | mlp | dcn
     c.towers.task.hidden = (256, 128)

@@ -94,7 +94,8 @@ class Batch:
       item_segments: [G, R, T] int32, 1..K within a row, 0 is padding.
       item_places: [G, M] int32, where the item's pooled vector stands in the flattened [R * K].
       item_types: [G, R, T] int32, token types of pairs of texts: 1 for the second text, 0 before it. None where texts stand alone.
-      history: [G, H, S] int32 local, packed histories, -1 is padding; None with a text user tower.
+      history: [G, H, S] int32 local, packed histories; -1 is padding, or, where its segment is above 0, a hidden item. None with a text
+        user tower.
       history_segments: [G, H, S] int32, 1.. within a row, 0 is padding.
       history_times: [G, H, S] int32, seconds since the first event of the place's window, -1 is unknown. None unless the history tower
         reads times.
@@ -102,7 +103,7 @@ class Batch:
       user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
       user_segments: [G, R, T] int32.
       user_places: [G, Q] int32, where each query's pooled vector stands in the flattened [R * K].
-      targets: [G, Q] int32 local, the item that follows each query (Q = H * S for a history tower), -1 is none.
+      targets: [G, Q] int32 local, the item that follows each query (Q = H * S for a history tower), or that is hidden there; -1 is none.
       weights: [G, Q] float32, weight of each query in the loss; 0 for padding.
       examples: [G, E] int32, row of the users table behind each example, -1 is empty; for messages only.
       negatives: [G, Q, K] int32 local, mined negatives of each query's user, -1 is none; an item of the query's own window is none.

@@ -109,7 +109,8 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     world = World()
     views = HistoryViews.from_config(c)
     mask = views is not None and views.hides
-    spec = two_tower.make_spec(c.towers, bert_spec(), texts_per_row=texts_per_row(c.batch.row_tokens), n_items=N_ITEMS, mask=mask)
+    sizes = {"texts_per_row": texts_per_row(c.batch.row_tokens), "n_items": N_ITEMS}
+    spec = two_tower.make_spec(c.towers, bert_spec(), **sizes, mask=mask, causal=not c.batch.cloze)
     text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
     mesh_lib.check_shards(c.batch.shards, mesh)
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())

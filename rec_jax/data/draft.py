@@ -11,6 +11,7 @@ import numpy as np
 
 from rec_jax.config_places import columns_of
 from rec_jax.data.augment import HistoryViews
+from rec_jax.data.cloze import Cloze
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.data.places import EMPTY, of_places
 from rec_jax.types import Batch, Ragged
@@ -27,6 +28,7 @@ class BatchSpec:
       views: how two views of each packed history are made; None = none.
       drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
       columns: of the records, that travel with the places of histories: some of "times" and "ratings".
+      cloze: what of a window is hidden and sought; None: each place seeks the next item.
     """
 
     shards: int
@@ -44,6 +46,7 @@ class BatchSpec:
     views: HistoryViews | None = None
     drop_events: float = 0.0
     columns: tuple[str, ...] = ()
+    cloze: Cloze | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> BatchSpec:
@@ -63,6 +66,7 @@ class BatchSpec:
             views=HistoryViews.from_config(config) if config.towers.user.kind == "history" else None,
             drop_events=b.drop_events,
             columns=columns_of(config),
+            cloze=Cloze.from_config(config),
         )
 
     def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:
@@ -92,7 +96,7 @@ class Draft:
       spec: the budgets.
       texts: tokens of each catalogue item; None where nothing is encoded.
       negatives: [U, K] mined negatives of each user; None without.
-      seed: of the places where written-out histories are cut, and of views.
+      seed: of the places where written-out histories are cut, of views, and of what is hidden.
     """
 
     def __init__(self, spec: BatchSpec, texts: Ragged | None, negatives: np.ndarray | None, seed: int):
@@ -141,21 +145,26 @@ class Draft:
         return np.where(np.isin(mined, items), -1, mined)
 
     def _add_history(self, items: np.ndarray, columns: Mapping[str, np.ndarray], mined: np.ndarray, position: int) -> bool:
-        mark = self._rows.mark()
-        at = self._rows.place(len(items) - 1)
+        cloze, mark = self._spec.cloze, self._rows.mark()
+        places = len(items) - (cloze is None)
+        at = self._rows.place(places)
         if at is None or not self._add_items(items, mined):
             self._rows.reset(mark)
             return False
         row, offset, segment = at
         local = np.asarray([self._index[int(i)] for i in items], np.int32)
-        here = slice(offset, offset + len(items) - 1)
-        self._history[row, here], self._segments[row, here] = local[:-1], segment
+        here, flat = slice(offset, offset + places), row * self._spec.history_length + offset
+        self._segments[row, here] = segment
+        if cloze is None:
+            self._history[row, here], sought, targets = local[:-1], np.arange(places), local[1:]
+        else:
+            hidden = cloze.draw(places, self._seed, position)
+            self._history[row, here], sought, targets = np.where(hidden, -1, local), np.flatnonzero(hidden), local[hidden]
         for name, values in of_places(columns).items():
-            self._columns[name][row, here] = values[:-1]  # the last event is a target alone
-        flat = row * self._spec.history_length + offset
-        self._targets[flat : flat + len(items) - 1] = local[1:]
-        self._weights[flat : flat + len(items) - 1] = 1.0
-        self._put_negatives(slice(flat, flat + len(items) - 1), mined)
+            self._columns[name][row, here] = values[:places]  # without a cloze the last event is a target alone
+        self._targets[flat + sought] = targets
+        self._weights[flat + sought] = 1.0
+        self._put_negatives(flat + sought, mined)
         if self._spec.views is not None:
             self._put_views(self._spec.views, local, at, position)
         return True
@@ -187,11 +196,11 @@ class Draft:
         self._user_places[number] = self._user_rows.write(text, at)
         self._targets[number] = self._index[int(items[cut])]
         self._weights[number] = 1.0
-        self._put_negatives(slice(number, number + 1), mined)
+        self._put_negatives(np.asarray([number]), mined)
         return True
 
-    def _put_negatives(self, places: slice, mined: np.ndarray) -> None:
-        """The same K negatives stand at each of the example's query places, as local indices."""
+    def _put_negatives(self, places: np.ndarray, mined: np.ndarray) -> None:
+        """The same K negatives stand at each of the example's queries [q], as local indices."""
         if self._negatives is not None:
             self._negatives[places] = [self._index[i] if i >= 0 else -1 for i in mined.tolist()]
 

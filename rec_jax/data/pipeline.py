@@ -137,16 +137,20 @@ class Batches(WindowBatches):
         shards: range | None = None,
     ):
         super().__init__()
-        windows = Windows.of(np.asarray(train_lengths), spec.history_length if spec.user_kind == "history" else None)
+        # In a cloze all of a window stands in the row, its last item too.
+        size = spec.history_length - (spec.cloze is not None) if spec.user_kind == "history" else None
+        windows = Windows.of(np.asarray(train_lengths), size)
         if not len(windows):
             raise RecJaxError("no user has two events to train on; look at `python -m rec_jax.data describe` and config.data.filter")
         if negatives is not None:
             if negatives.ndim != 2 or len(negatives) != len(train_lengths):
                 raise RecJaxError(f"negatives {negatives.shape}: expected [U, K] with U = {len(train_lengths)} users")
-            spec = spec.with_negatives(negatives.shape[1], float((windows.stop - windows.start - 1).mean()))
+            places = windows.stop - windows.start - (spec.cloze is None)
+            spec = spec.with_negatives(negatives.shape[1], float(places.mean()))
         self.spec, self.seed, self.texts, self.negatives = spec, seed, texts, negatives
         self._check(windows)
-        turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths))
+        whole = spec.cloze is not None
+        turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths), whole=whole)
         self._windows, self._lengths, self._turns = windows, np.asarray(train_lengths, np.int64), turns
         self._set_order(records, windows, shards, turns=turns, columns=spec.columns)
 
@@ -186,16 +190,20 @@ class Batches(WindowBatches):
         return Draft(self.spec, self.texts, self.negatives, self.seed)
 
     def times_predicted(self) -> np.ndarray:
-        """How often an epoch predicts each train event, on average [E] float64, user by user; a user's first event never."""
-        w, times = self._windows, np.ones(len(self._windows))
+        """How often an epoch predicts each train event, on average [E] float64, user by user; a user's first event never but in a cloze."""
+        w, times, cloze = self._windows, np.ones(len(self._windows)), self.spec.cloze
         if self._turns is not None:
             _, others, count = self._turns
             times[others] = count / max(1, len(others))
         first = (np.cumsum(self._lengths) - self._lengths)[w.user]
+        each = times if cloze is None else times * cloze.times(w.stop - w.start)
         edges = np.zeros(int(self._lengths.sum()) + 1)
-        np.add.at(edges, first + w.start + 1, times)
-        np.add.at(edges, first + w.stop, -times)
-        return np.cumsum(edges[:-1])
+        np.add.at(edges, first + w.start + (cloze is None), each)
+        np.add.at(edges, first + w.stop, -each)
+        out = np.cumsum(edges[:-1])
+        if cloze is not None:
+            np.add.at(out, first + w.stop - 1, times * cloze.last)
+        return out
 
 
 class _Shard:

@@ -26,7 +26,8 @@ class Example(NamedTuple):
 class Windows:
     """Examples of an epoch: window i is the events [start, stop) of a user; a window of n events trains n - 1 predictions.
 
-    Windows of one user overlap by one event, so that every event but a user's first is a target exactly once an epoch.
+    Windows of one user overlap by one event, so that every event but a user's first is a target exactly once an epoch. In the cloze form
+    (`data.cloze`) any event of a window may be a target.
     """
 
     user: np.ndarray
@@ -67,7 +68,7 @@ class _Source:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """How much of the data that an earlier run was trained on comes again; a window is new if it predicts an event that is.
+    """How much of the data that an earlier run was trained on comes again; a window is new if it may predict an event that is.
 
     Attributes:
       share: of the other windows, how many an epoch takes; the next epochs take others until all have had their turn.
@@ -77,8 +78,8 @@ class Replay:
     share: float
     new: np.ndarray
 
-    def turns(self, windows: Windows, train_lengths: np.ndarray) -> Turns:
-        """The new windows, the others, and how many of the others an epoch takes.
+    def turns(self, windows: Windows, train_lengths: np.ndarray, *, whole: bool = False) -> Turns:
+        """The new windows, the others, and how many of the others an epoch takes; `whole`: a window may predict its first event too.
 
         Raises:
           RecJaxError: flags of other events, no new window.
@@ -88,7 +89,7 @@ class Replay:
         if len(self.new) != first[-1]:
             raise RecJaxError(f"{len(self.new)} flags of new events for {first[-1]} train events")
         start = first[windows.user]
-        new = before[start + windows.stop] > before[start + windows.start + 1]  # a window never predicts its first event
+        new = before[start + windows.stop] > before[start + windows.start + (not whole)]
         if not new.any() and self.share < 1:
             raise RecJaxError(
                 f"config.start.replay={self.share}: no window predicts an event that the old workdir was not trained on; "

@@ -22,7 +22,7 @@ from rec_jax.eval import rankings
 from rec_jax.eval.baselines import Scorer
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, text_blocks, text_table, text_vectors
 from rec_jax.eval.workdir import best_params, read_config
-from rec_jax.towers import interactions, two_tower
+from rec_jax.towers import interactions, interests, two_tower
 from rec_jax.types import EvalSet, Params, Ragged, RecJaxError
 
 SHORTEST = 16  # places of the shortest histories that are encoded together
@@ -58,7 +58,7 @@ class Model:
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t, f: two_tower.item_vectors(p, spec, t, f))
         self._users = jax.jit(lambda p, v, h, columns: two_tower.user_vectors(p, spec, v, h, columns))
-        self._products = jax.jit(lambda users, items: users @ items.T)
+        self._products = jax.jit(interests.scores)
         head = spec.task
         self._scores = None if head is None else jax.jit(lambda p, u, v: interactions.score_all(p["task"], head, u, v))
         self._text_users = jax.jit(
@@ -81,22 +81,26 @@ class Model:
         return np.asarray(self._items(params, table, self.features))
 
     def user_vectors(self, params: Params, items: np.ndarray, histories: Ragged) -> np.ndarray:
-        """Histories (catalogue indices, oldest first) -> user vectors [U, D]; `items` are `item_vectors`. Only the newest places count.
+        """Histories (catalogue indices, oldest first) -> user vectors [U, D], or [U, K, D] of several interests.
 
-        Where the history tower reads times or ratings, those are in the histories' columns; without these they are unknown.
+        `items` are `item_vectors`. Only the newest places count; one of them is hidden where the tower is not causal. Where the tower reads
+        times or ratings, those are in the histories' columns; without these they are unknown.
         """
         if self.spec.user == "id":
             raise RecJaxError("config.towers.user.kind='id' has vectors of users, not of histories: it is measured on impressions")
         if self.spec.history is None:
             return self._written_out(two_tower.merged(params, self.spec), histories)
         size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
-        read = {name: histories.columns[name] for name in self.spec.history.columns if name in histories.columns}
-        out = np.zeros((len(histories), self.spec.dim), np.float32)
-        for users, length in self._parts(by_length(np.minimum(histories.lengths(), size), size, block)):
+        tower = self.spec.history
+        read = {name: histories.columns[name] for name in tower.columns if name in histories.columns}
+        hidden = int(not tower.causal)
+        shape = (self.spec.dim,) if tower.interests == 1 else (tower.interests, self.spec.dim)
+        out = np.zeros((len(histories), *shape), np.float32)
+        for users, length in self._parts(by_length(np.minimum(histories.lengths() + hidden, size), size, block)):
             rows = np.full((block, length), -1, np.int32)
             columns = {name: np.full(rows.shape, places.EMPTY[name], places.EMPTY[name].dtype) for name in read}
             for n, user in enumerate(users):
-                newest = histories[int(user)][-length:]
+                newest = histories[int(user)][hidden - length :]
                 rows[n, : len(newest)] = newest
                 stop = histories.offsets[user + 1]
                 known = {name: column[stop - len(newest) : stop] for name, column in read.items()}
@@ -162,7 +166,7 @@ class Model:
 
         def scores(histories: Ragged) -> np.ndarray:
             users = self.user_vectors(params, items, histories)
-            filled = np.zeros((e.users_per_block, users.shape[1]), np.float32)  # one shape: it compiles once
+            filled = np.zeros((e.users_per_block, *users.shape[1:]), np.float32)  # one shape: it compiles once
             filled[: len(users)] = users
             found = self._products(filled, items) if by_task is None else by_task(params, filled, items)
             return np.asarray(found)[: len(users)]
@@ -215,6 +219,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec, coding: Co
         tasks=tasks,
         context=context,
         mask=views is not None and views.hides,
+        causal=not config.batch.cloze,
         features=None if coding is None else coding.sizes(),
         ratings=places.rating_edges(config, prepared),
     )

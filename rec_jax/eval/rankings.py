@@ -62,12 +62,12 @@ def evaluate_vectors(
     mesh: Mesh | None = None,
     axis: Axis | None = None,
 ) -> Rankings:
-    """users [U, D], items [N, D] -> Rankings of the users of `eval_set` by dot product, on the device.
+    """users [U, D], items [N, D] -> Rankings of the users of `eval_set` by dot product, on the device; of users [U, K, D] by their highest.
 
     Memory on the device: the items, and users_per_block x items_per_block x 4 bytes.
 
     Args:
-      users: one vector for each row of `eval_set`.
+      users: one vector for each row of `eval_set`, or K.
       ks: list lengths of the metrics.
       name: of the split; metrics are called `name/...` and `name_all/...`.
       exclude: items that the ranking `name/...` leaves out for each user; None: those of the history.
@@ -85,7 +85,7 @@ def evaluate_vectors(
         few = users_per_block - len(rows)  # the last block is filled up, so that it compiles to nothing new
 
         def grow(x: Array, value: int) -> np.ndarray:
-            return np.pad(np.asarray(x), ((0, few), (0, 0)), constant_values=value)
+            return np.pad(np.asarray(x), ((0, few), *((0, 0),) * (x.ndim - 1)), constant_values=value)
 
         out = topk.rank_and_top_k(
             grow(users[rows], 0),

@@ -119,7 +119,9 @@ def _fold_catalogue(
         # the last block reaches back into the one before rather than have the whole catalogue copied to pad it
         start = jnp.minimum(index * block, item.shape[0] - block)
         rows = lax.dynamic_slice_in_dim(item, start, block)
-        scores = lax.dot_general(query, rows, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        dot = lambda q: lax.dot_general(q, rows, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        # Of several vectors of a query each has the matmul that it would have alone: twins tie exactly in the maximum too.
+        scores = dot(query) if query.ndim == 2 else functools.reduce(jnp.maximum, (dot(query[:, n]) for n in range(query.shape[1])))
         if bias is not None:
             scores += lax.dynamic_slice_in_dim(bias, start, block).astype(jnp.float32)
         ids = start + jnp.arange(block)

@@ -25,6 +25,8 @@ def top_k(
 ) -> tuple[jax.Array, jax.Array]:
     """query [Q, D], item [N, D] -> scores [Q, k] float32, ids [Q, k] int32: the k items of highest dot product, best first, exactly.
 
+    A query of several vectors [Q, K, D], here and below, scores an item by the highest of its dot products.
+
     Ties go to the lower id. Memory beyond the inputs is one block of scores, Q x block x 4 bytes a device. May be called inside `jit`.
 
     Args:
@@ -153,8 +155,9 @@ def ranks_from_scores(scores: np.ndarray, target: np.ndarray, exclude: Array | N
 
 
 def _check(query: Array, item: Array, bias: Array | None, block: int, mesh: Mesh | None, axis: Axis | None) -> None:
-    if query.ndim != 2 or item.ndim != 2 or query.shape[1] != item.shape[1] or item.shape[0] == 0:
-        raise RecJaxError(f"query {query.shape}, item {item.shape}: expected [Q, D] and [N, D] of one width, with N > 0")
+    several = query.ndim == 3 and query.shape[1] > 0
+    if not (query.ndim == 2 or several) or item.ndim != 2 or query.shape[-1] != item.shape[1] or item.shape[0] == 0:
+        raise RecJaxError(f"query {query.shape}, item {item.shape}: expected [Q, D] or [Q, K, D] and [N, D] of one width, with N > 0")
     if query.dtype != item.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
         raise RecJaxError(f"query is {query.dtype}, item is {item.dtype}: expected one floating type; cast one of them")
     if bias is not None and bias.shape != (item.shape[0],):

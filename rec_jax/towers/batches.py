@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rec_jax.mesh import BATCH_AXES, over_batch
 from rec_jax.towers import features as features_lib
-from rec_jax.towers import history, interactions, pretraining
+from rec_jax.towers import history, interactions, interests, pretraining
 from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import encode, encode_layers, unit_length
 from rec_jax.towers.pool import pool_segments
@@ -147,7 +147,7 @@ def _users(
     chunk_rows: int,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Items of the batch [G, M, D] -> user vectors [G, Q, D]."""
+    """Items of the batch [G, M, D] -> user vectors [G, Q, D]; of several interests of a query, that which is nearest to its target."""
     if spec.user == "id":
         user = over_batch(ids_lib.look_up(params["users"], batch.user_ids))
         return unit_length(user) if spec.normalize else user
@@ -161,8 +161,9 @@ def _users(
             "must ask for them in the stage that is trained, whose batches a teacher sees too"
         )
     columns = {name: columns[name] for name in spec.history.columns}
-    places, segments = jnp.asarray(batch.history), jnp.asarray(batch.history_segments)
-    return _histories(params, spec, item, places, segments, _key(keys, "user"), hides=False, columns=columns)
+    places, segments, hides = jnp.asarray(batch.history), jnp.asarray(batch.history_segments), not spec.history.causal
+    user = _histories(params, spec, item, places, segments, _key(keys, "user"), hides=hides, columns=columns)
+    return user if spec.history.interests == 1 else interests.nearest(user, _lookup(item, batch.targets))
 
 
 def _histories(
@@ -176,7 +177,7 @@ def _histories(
     hides: bool,
     columns: Mapping[str, Array] | None = None,
 ) -> jax.Array:
-    """Items of the batch [G, M, D], packed histories [G, R, S] of local indices -> user vectors [G, R * S, D].
+    """Items of the batch [G, M, D], packed histories [G, R, S] of local indices -> user vectors [G, R * S, D]; [G, R * S, K, D] of several.
 
     With `hides`, a place of a segment that has no item gets the learned vector of hidden ones. `columns` are "times" and "ratings"
     of the places [G, R, S].
@@ -188,7 +189,7 @@ def _histories(
     flat, keys = segments.reshape(shards * rows, length), None if keys is None else keys.reshape(-1)
     known = {name: jnp.asarray(column).reshape(flat.shape) for name, column in (columns or {}).items()}
     user = history.encode(params["user"], spec.history, vectors, flat, hidden=hidden, keys=keys, **known)
-    user = over_batch(user.reshape(shards, rows * length, spec.dim))
+    user = over_batch(user.reshape(shards, rows * length, *user.shape[2:]))
     return unit_length(user) if spec.normalize else user
 
 

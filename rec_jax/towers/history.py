@@ -1,7 +1,8 @@
-"""The history user tower: a causal transformer over the vectors of the items in a packed history, one user vector at every place.
+"""The history user tower: a transformer over the vectors of the items in a packed history, one user vector at every place, or several.
 
-Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3, with pre-norm blocks and RMSNorm; other layers in
-`history_layers`, other positions, times and ratings in `places`.
+Reference: Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), section 3, with pre-norm blocks and RMSNorm; where a place
+sees all of its segment, Sun et al., "BERT4Rec" (2019), section 3. Other layers in `history_layers`, other positions, times and ratings in
+`places`, several vectors in `interests`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rec_jax.towers import places as places_lib
 from rec_jax.towers.bert import segment_positions
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.history_layers import LAYERS
+from rec_jax.towers.interests import Interests
 from rec_jax.types import Params, RecJaxError
 
 POSITIONS = ("learned", "rotary", "relative", "none")
@@ -39,6 +41,9 @@ class HistorySpec:
       ratings: lower ends of the ranges that ratings are told apart by, with the input "rating".
       time_bias: scores have a bias by the time between two places.
       session_gap: seconds from which on a pause begins a session, which is all that the first half of the layers sees; 0 = off.
+      causal: a place sees its past alone, and its vector is for the next item; False: all of its history, and the vector of a hidden place
+        is for the item that is hidden there.
+      interests: K, user vectors of a place.
     """
 
     dim: int
@@ -54,6 +59,8 @@ class HistorySpec:
     ratings: tuple[float, ...] = ()
     time_bias: bool = False
     session_gap: int = 0
+    causal: bool = True
+    interests: int = 1
 
     def __post_init__(self) -> None:
         for key, names, known in (
@@ -70,9 +77,11 @@ class HistorySpec:
         return columns_read(self.inputs, self.time_bias, self.session_gap)
 
 
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-    """segment_ids [R, S] -> mask [R, S, S], True where a place (row) may see another (column): same segment, not later."""
+def causal_mask(segment_ids: jax.Array, causal: bool = True) -> jax.Array:
+    """segment_ids [R, S] -> mask [R, S, S], True where a place (row) may see another (column): same segment and, if `causal`, not later."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if not causal:
+        return same
     places = jnp.arange(segment_ids.shape[1])
     return same & (places[:, None] >= places[None, :])
 
@@ -94,7 +103,7 @@ class _History(nn.Module):
         if "rating" in s.inputs:
             x = x + table("rating", 1 + len(s.ratings))(places_lib.rating_rows(ratings, s.ratings))
         x = x if keys is None else dropout(x, fold(keys, "in"), s.dropout)
-        mask = causal_mask(segment_ids)
+        mask = causal_mask(segment_ids, s.causal)
         near = mask & places_lib.same_session(times, segment_ids, s.session_gap) if s.session_gap else mask
         seen = places_lib.Places(
             positions=positions if s.positions == "rotary" else None,
@@ -104,7 +113,9 @@ class _History(nn.Module):
         for n in range(s.layers):
             layer_keys = None if keys is None else fold(keys, n)
             x = LAYERS[s.layer](s, name=f"layer_{n}")(x, near if n < s.layers // 2 else mask, seen, layer_keys)
-        return nn.Dense(s.dim, use_bias=False, name="project")(nn.RMSNorm(name="norm")(x))
+        x = nn.RMSNorm(name="norm")(x)
+        x = x if s.interests == 1 else Interests(s.interests, name="interests")(x, mask)
+        return nn.Dense(s.dim, use_bias=False, name="project")(x)
 
 
 def init(key: jax.Array, spec: HistorySpec) -> Params:
@@ -131,7 +142,9 @@ def encode(
     hidden: jax.Array | None = None,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """vectors [R, S, D], segment_ids [R, S] (0 = padding) -> user vectors [R, S, D]; a place sees its own segment up to itself.
+    """vectors [R, S, D], segment_ids [R, S] (0 = padding) -> user vectors [R, S, D], or [R, S, K, D] of several interests.
+
+    A place sees its own segment, up to itself where the tower is causal.
 
     Args:
       params: of `init`.

@@ -1,7 +1,7 @@
 """The item tower and the user tower: their parameters, and vectors of items and users. `batches` sends batches through them.
 
 Item tower: text -> FlaxBert -> pooled -> head, whose vector IDs and features join (`features`), or items' own vectors instead of text.
-User tower: `history`, a causal transformer over item vectors, `text`, the history written out and encoded by the same FlaxBert and head,
+User tower: `history`, a transformer over item vectors, `text`, the history written out and encoded by the same FlaxBert and head,
 or `id`, a vector of each user.
 """
 
@@ -93,6 +93,7 @@ def make_spec(
     tasks: int = 0,
     context: tuple[int, ...] = (),
     mask: bool = False,
+    causal: bool = True,
     features: Mapping[str, Mapping[str, int]] | None = None,
     ratings: tuple[float, ...] = (),
 ) -> TwoTowerSpec:
@@ -106,6 +107,7 @@ def make_spec(
       tasks: L of the task head; 0 = none.
       context: categories of each context field that the head reads.
       mask: the history tower has a learned vector for hidden items.
+      causal: see `history.HistorySpec`; a tower that is not has that vector.
       features: of items: kind -> name -> size, see `features.FeatureSpec`.
       ratings: of `HistorySpec`, where the history tower reads them.
 
@@ -133,9 +135,10 @@ def make_spec(
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
     tower = None
     if u.kind == "history":
+        mask, forms = mask or not causal, {"causal": causal, "interests": u.interests}
         kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
-        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask, **kinds, **times)
+        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask, **kinds, **times, **forms)
     return TwoTowerSpec(
         dim=towers.dim,
         normalize=towers.normalize,
@@ -302,22 +305,31 @@ def packed_text_vectors(
 def user_vectors(
     params: Params, spec: TwoTowerSpec, items: Array, histories: Array, columns: Mapping[str, Array] | None = None
 ) -> jax.Array:
-    """Item vectors [N, D], histories [U, S] (oldest first, then -1) -> user vectors [U, D], at the last item of each history.
+    """Item vectors [N, D], histories [U, S] (oldest first, then -1) -> user vectors [U, D], at the last item of each history; [U, K, D] of
+    several interests.
 
-    An empty history gives the vector of zeros: it prefers nothing. `columns` are "times" and "ratings" [U, S] of the events, as
-    `history.encode` takes them; without them they are unknown.
+    A tower that is not causal gets a hidden place behind the last item, and its vector there; where a history fills all S places, its
+    oldest item makes room. An empty history gives the vector of zeros: it prefers nothing. `columns` are "times" and "ratings" [U, S] of
+    the events, as `history.encode` takes them; without them they are unknown.
     """
     if spec.history is None:
         raise RecJaxError(f"user tower {spec.user!r} is no history tower; written-out histories go through packed_text_vectors")
     histories = jnp.asarray(histories)
-    vectors = jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0)
-    there = histories >= 0
-    known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
-    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), **known)
+    there, hidden = histories >= 0, None
+    any_item = there.any(-1)
     last = jnp.maximum(there.sum(-1) - 1, 0)
-    user = jnp.take_along_axis(out, last[:, None, None], axis=1)[:, 0]
+    if not spec.history.causal:
+        places = jnp.arange(histories.shape[1])
+        histories = jnp.where(there.all(-1)[:, None], jnp.roll(histories, -1, axis=1), histories)
+        last = jnp.minimum(there.sum(-1), histories.shape[1] - 1)
+        there, hidden = places <= last[:, None], places == last[:, None]
+    vectors = jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0)
+    known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
+    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), hidden=hidden, **known)
+    behind = (1,) * (out.ndim - 2)  # of users and places
+    user = jnp.take_along_axis(out, last.reshape(-1, 1, *behind), axis=1)[:, 0]
     user = unit_length(user) if spec.normalize else user
-    return jnp.where(there.any(-1)[:, None], user, 0.0)
+    return jnp.where(any_item.reshape(-1, *behind), user, 0.0)
 
 
 def encode_blocks(text_params: Params, spec: BertSpec, blocks: Iterable[Any], n_texts: int) -> np.ndarray:

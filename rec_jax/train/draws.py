@@ -12,11 +12,11 @@ from rec_jax.types import Batch
 def unseen_items(key: jax.Array, batch: Batch, *, n_items: int, draws: int) -> jax.Array:
     """Batch of G shards with Q queries -> catalogue indices [G, Q, K] int32, drawn uniformly, with replacement, from what is not its own.
 
-    A query of packed histories never gets an item of its own window: its target, what comes before it, or what comes later. Where a
-    history is longer than `config.batch.history_length`, the user's items outside of that window may be drawn; SASRec as published leaves
-    them out too. Other queries (impressions, written-out histories) do not get their target. Nothing is drawn again: the r-th item of
-    those that are left is found by counting the own items before it, so that the draws are exact. A query whose window holds the whole
-    catalogue gets -1.
+    A query of packed histories never gets an item of its own window: its target, what comes before it, or what comes later, hidden or
+    not. Where a history is longer than `config.batch.history_length`, the user's items outside of that window may be drawn; SASRec as
+    published leaves them out too. Other queries (impressions, written-out histories) do not get their target. Nothing is drawn again: the
+    r-th item of those that are left is found by counting the own items before it, so that the draws are exact. A query whose window holds
+    the whole catalogue gets -1.
 
     Args:
       key: typed key; the draws are the same on any number of devices.
@@ -36,8 +36,10 @@ def unseen_items(key: jax.Array, batch: Batch, *, n_items: int, draws: int) -> j
     segments = jnp.asarray(batch.history_segments)
     rows, length = segments.shape[1:]
     # The items of each row's windows, by window and index: every item but a window's last is in its history, all but its first are targets.
-    history = jnp.maximum(lookup(batch.item_ids, batch.history), 0)
-    own = jnp.concatenate([history, targets.reshape(segments.shape)], axis=-1)
+    # A hidden item is a target alone, and what is not hidden beside it no target: then the one stands for the other.
+    history, sought = jnp.asarray(batch.history), jnp.asarray(batch.targets).reshape(segments.shape)
+    both = (jnp.where(one >= 0, one, other) for one, other in ((history, sought), (sought, history)))
+    own = jnp.concatenate([jnp.maximum(lookup(batch.item_ids, places), 0) for places in both], axis=-1)
     window, own = jax.lax.sort((jnp.concatenate([segments, segments], axis=-1), own), dimension=-1, num_keys=2)
     changed = lambda x: jnp.concatenate([jnp.ones_like(x[..., :1], bool), x[..., 1:] != x[..., :-1]], axis=-1)
     begins = changed(window)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.pipeline import BatchSpec
 from rec_jax.towers.bert import BertSpec
+from rec_jax.towers.interests import WIDER
 from rec_jax.train.forwards import StepSpec
 
 # Shares of a large matmul's speed that the parts reach: measured with the main job on 2 CPU cores. Estimates for a person, no promise.
@@ -64,6 +65,8 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
         h = towers.history
         products = 10 * h.dim**2 if h.layer == "hstu" else 8 * h.dim**2 + 4 * h.dim * h.mlp
         once = h.layers * (products + 4 * batch.history_length * h.dim) + 4 * h.dim**2
+        if h.interests > 1:
+            once += 2 * WIDER * h.dim**2 + 2 * h.interests * h.dim * (batch.history_length + h.dim + 1)
         total += 3.0 * queries * once
         if any(o.history_views for o in spec.objectives):
             total += 6.0 * queries * (once + 4 * queries * towers.dim)

@@ -313,7 +313,8 @@ def _neighbours(spec: StepSpec, prepared: Prepared) -> tuple[np.ndarray, np.ndar
 
 def _target_counts(config: Any, inputs: Inputs, batches: Any) -> np.ndarray:
     """How often each item is a training target [N], up to a factor."""
-    if inputs.replay is None or inputs.replay.share == 1 or config.batch.kind != "histories":
+    all_alike = (inputs.replay is None or inputs.replay.share == 1) and not config.batch.cloze
+    if all_alike or config.batch.kind != "histories":
         return inputs.prepared.item_counts()
     items = inputs.prepared.train_histories().flat
     return np.bincount(items, weights=batches.times_predicted(), minlength=inputs.prepared.n_items)

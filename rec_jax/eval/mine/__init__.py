@@ -100,7 +100,7 @@ def mine(
     for first in range(0, len(query), queries_per_block):
         rows = range(first, min(first + queries_per_block, len(query)))
         named = _named(positive, known, rows, queries_per_block)
-        vectors = np.zeros((queries_per_block, query.shape[1]), query.dtype)  # filled up, so that a short block compiles to nothing new
+        vectors = np.zeros((queries_per_block, *query.shape[1:]), query.dtype)  # filled up, so that a short block compiles to nothing new
         vectors[: len(rows)] = query[rows.start : rows.stop]
         found = topk.top_k_with_scores_of(vectors, shared, named, k=window, exclude=named, block=block, bias=bias, mesh=mesh, axis=axis)
         scores, ids, own = (x[: len(rows)] for x in found)

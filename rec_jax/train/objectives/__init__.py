@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rec_jax.towers.two_tower import TwoTowerSpec
-from rec_jax.train.objectives import base, cross, distill, history_views, info_nce, pairs, pretrain, task, views
+from rec_jax.train.objectives import base, cross, distill, forms, history_views, info_nce, pairs, pretrain, task, views
 from rec_jax.train.objectives.base import Objective, ramp_up, target_ids, targets
 from rec_jax.types import RecJaxError
 
@@ -106,6 +106,8 @@ def check(
             raise RecJaxError(f"{place}.neighbour_share is of packed histories: set it to 0, or config.towers.user.kind='history'")
         if o.history_views:
             history_views.check(place, o.spec, towers)
+        if kind == "histories" and towers.history is not None:
+            forms.check(o, towers.history, None if teacher is None else teacher.history)
         if o.uniform % shards:
             raise RecJaxError(f"{place}.uniform={o.uniform} does not divide over config.batch.shards={shards}; make it a multiple")
         if o.views and not towers.encode:
