@@ -148,7 +148,7 @@ def defaults() -> ConfigDict:
     # Lower ends of the ranges that ratings are told apart by; () = each rating of the train events, or 16 quantiles where there are more
     c.towers.user.rating_edges = ()
     c.towers.user.time_bias = False  # a bias of each head by the time between two places
-    # Seconds: a longer pause begins a session, and the first half of the layers sees a place's own session alone; 0 = no sessions
+    # Seconds: a pause as long begins a session, and the first half of the layers sees a place's own session alone; 0 = no sessions
     c.towers.user.session_gap = 0
     # Vectors of a user. Above 1, training takes that which is nearest to a query's target, and the highest of its dot products is an item's
     # score; only with kind="history"
