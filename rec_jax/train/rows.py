@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     Attributes:
       rows: [R] int32, each once and ascending; the places that are left name rows beyond the table, each another.
       local: [P, R] int32, the same in the parts that the table lies in; beyond a part's end where a row is not in it.
-      lies: sharding of [P, R, ...], the parts over the devices that hold them.
+      lies: sharding of [P, R, D], the parts over the devices that hold them; of [P, R] by its first axes.
     """
 
     rows: jax.Array
@@ -100,13 +100,13 @@ def touched(params: Params, spec: StepSpec, batch: Batch, *, n_items: int, draw:
         found = (ids_lib.places(ids, **spec.towers.id_options) if group == "ids" else ids).reshape(-1)
         size = len(params[group]["embedding"])
         rows = once(jax.lax.with_sharding_constraint(found, replicated(mesh)), rows=size)
-        axes = placed[group]["embedding"].spec[:1]
-        parts = devices_along(mesh, axes[0]) if axes and axes[0] else 1
+        axes, *columns = placed[group]["embedding"].spec or (None,)
+        parts = devices_along(mesh, axes) if axes else 1
         local = rows - size // parts * jnp.arange(parts, dtype=rows.dtype)[:, None]
         there = (local >= 0) & (local < size // parts)
-        lies = NamedSharding(mesh, PartitionSpec(*axes))
         beyond = size // parts + jnp.arange(len(rows), dtype=rows.dtype)
-        return Rows(rows, jax.lax.with_sharding_constraint(jnp.where(there, local, beyond), lies), lies)
+        lies = NamedSharding(mesh, PartitionSpec(axes, None, *columns))
+        return Rows(rows, _lying(jnp.where(there, local, beyond), lies), lies)
 
     return {group: rows_of(group) for group in spec.row_tables}
 
@@ -128,7 +128,7 @@ def taken(tree: Any, touched: Touched) -> Any:
     def take(at: Rows, table: jax.Array) -> jax.Array:
         part = _parts(table, at)
         held = jax.vmap(lambda t, i: t.at[i].get(mode="fill", fill_value=0, unique_indices=True))(part, at.local)
-        return jax.lax.with_sharding_constraint(held, at.lies)
+        return _lying(held, at.lies)
 
     return _over_tables(take, touched, tree)
 
@@ -146,8 +146,12 @@ def put_back(tree: Any, part: Any, touched: Touched) -> Any:
 
 def _parts(table: jax.Array, at: Rows) -> jax.Array:
     """A table [N, ...] as the parts that it lies in [P, N / P, ...]."""
-    parts = table.reshape(len(at.local), -1, *table.shape[1:])
-    return jax.lax.with_sharding_constraint(parts, at.lies) if at.lies.spec else parts
+    return _lying(table.reshape(len(at.local), -1, *table.shape[1:]), at.lies)
+
+
+def _lying(x: jax.Array, lies: NamedSharding) -> jax.Array:
+    """An array of parts [P, ...] where its table lies."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(lies.mesh, PartitionSpec(*lies.spec[: x.ndim])))
 
 
 def whole_rows(params: Params, touched: Touched) -> Params:
