@@ -304,8 +304,8 @@ def defaults() -> ConfigDict:
     # then a linear way down to 0, so that a run is as long as its data can use; train.duration is the most
     c.optimizer.schedule = "cosine"
     c.optimizer.cooldown = 0.3  # plateau: steps of the way down, as a share of the steps before it
-    # Tables of items' and users' own vectors: dense: AdamW of every row in each step | adam, adagrad: only rows that a step looks up move,
-    # and their optimizer state, so that a step's cost does not grow with the catalogue (rec_jax.train.rows)
+    # Tables of items' and users' own vectors: dense: AdamW of every row in each step | adam, adagrad: only rows that a step looks up move
+    # and decay, and their optimizer state, so that a step's cost does not grow with the catalogue (rec_jax.train.rows); batch candidates
     c.optimizer.rows = "dense"
     c.optimizer.warmup = "5 percent"  # duration
     c.optimizer.final = 0.0  # last learning rate as a share of the peak

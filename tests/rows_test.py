@@ -196,9 +196,9 @@ def test_it_learns_with_texts_and_items_drawn_for_each_query():
     assert np.asarray(state.params["ids"]["embedding"]).any()
 
 
-def compiled(n_items):
-    """The step of a table of N rows on eight devices that hold parts of it, compiled for shapes alone."""
-    c = tiny.config(**ADAM, **{"mesh.layout": "sharded"})
+def compiled(n_items, **changes):
+    """The step of a table of N rows on eight devices that hold parts of it, compiled for shapes alone -> (compiled, bytes of the state)."""
+    c = tiny.config(**ADAM, **{"mesh.layout": "sharded", **changes})
     task = tiny.task(c, "unused")
     towers = dataclasses.replace(task.spec.towers, n_ids=n_items)
     params = jax.eval_shape(lambda: two_tower.init(jax.random.key(0), towers) | {"scalars": task.params["scalars"]})
@@ -213,6 +213,12 @@ def compiled(n_items):
     return built, mesh_lib.bytes_per_device(shapes, shardings)
 
 
+def longest_sent(built):
+    """Numbers of the longest array that goes from device to device."""
+    sent = re.findall(r"= \(?(.*?)\)? (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", built.as_text())
+    return max(np.prod([int(d) for d in shape.split(",")]) for line in sent for shape in re.findall(r"\w+\[([\d,]+)\]", line))
+
+
 def test_nothing_of_the_tables_size_is_made_or_sent():
     temporary = []
     for n in (1 << 14, 1 << 18):
@@ -220,14 +226,16 @@ def test_nothing_of_the_tables_size_is_made_or_sent():
         memory = built.memory_analysis()
         temporary.append(memory.temp_size_in_bytes)
         assert memory.alias_size_in_bytes >= 0.99 * state, "the state is not updated in place"
-        sent = re.findall(
-            r"= \(?(.*?)\)? (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", built.as_text()
-        )
-        sizes = [np.prod([int(d) for d in shape.split(",")]) for line in sent for shape in re.findall(r"\w+\[([\d,]+)\]", line)]
-        assert sizes
-        part = n // 8 * 8
-        assert max(sizes) < part / 4, "something of the size of a device's part of the table goes from device to device"
+        assert longest_sent(built) < n // 8 * 8 / 4, "something of the size of a device's part of the table goes from device to device"
     assert temporary[1] <= temporary[0] + 4096, temporary
+
+
+@pytest.mark.slow
+def test_nor_of_a_table_that_lies_by_columns():
+    n = 1 << 14
+    built, state = compiled(n, **{"mesh.rules": (("ids/embedding", (None, ("fsdp", "tensor"))),)})
+    assert built.memory_analysis().alias_size_in_bytes >= 0.99 * state
+    assert longest_sent(built) < n // 8 * 8 / 4
 
 
 def test_rows_are_found_once_and_empty_places_are_none():
@@ -254,8 +262,10 @@ def test_factors_and_freezing_hold_for_tables():
     assert moved(rows="adagrad", scale=(("ids/.*", 0.5),))[:2] == pytest.approx((-0.05, -0.1))
     frozen = moved(freeze=("ids/.*",))
     assert frozen[:2] == pytest.approx((0.0, -0.1))
-    touched = {"ids": jnp.asarray([1])}
-    rows.put_back(frozen[2], rows.taken(frozen[2], touched, jax.sharding.SingleDeviceSharding(jax.devices()[0])), touched)
+    at = jnp.asarray([[1]])
+    touched = {"ids": rows.Rows(at[0], at, mesh_lib.replicated(tiny.one_device()))}
+    again = rows.put_back(frozen[2], rows.taken(frozen[2], touched), touched)
+    jax.tree.map(np.testing.assert_array_equal, again, frozen[2])
     assert not any(x.shape[:1] == (3,) and x.ndim == 2 for x in jax.tree.leaves(frozen[2])), "a frozen table has moments"
 
 

@@ -2,8 +2,9 @@
 
 A step takes those rows out of the tables and out of what the optimizer keeps of them, differentiates with respect to them, updates them as
 if they were the whole tables, and puts them back in place: nothing of a table's size is made, sent or read, and a step's cost does not grow
-with the catalogue. Clipping, schedule, factors and freezing see what they see of a dense gradient, whose other rows are zero. Weight
-decay is lazy: a row decays in the steps that look it up alone.
+with the catalogue. Devices send each other the rows themselves and their gradients; of the optimizer's state each works on its own, as
+[P, R, ...] for R rows and the P parts that a table lies in. Clipping, schedule, factors and freezing see what they see of a dense gradient,
+whose other rows are zero. Weight decay is lazy: a row decays in the steps that look it up alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rec_jax.mesh import path_name
+from rec_jax.mesh import devices_along, path_name, replicated
 from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.two_tower import TwoTowerSpec
 from rec_jax.train import forwards
@@ -26,7 +28,22 @@ from rec_jax.types import Batch, Params, RecJaxError
 TABLES = {"ids": "ids/embedding", "users": "users/embedding"}  # group of parameters -> its table
 EPSILON = 1e-8  # beside the root of a second moment, as optax.adam has it
 
-Touched = Mapping[str, jax.Array]  # group -> rows of its table [R] int32, each once and ascending, behind the last any beyond the table
+
+class Rows(NamedTuple):
+    """Rows of a table that a step looks up.
+
+    Attributes:
+      rows: [R] int32, each once and ascending; the places that are left name rows beyond the table, each another.
+      local: [P, R] int32, the same in the parts that the table lies in; beyond a part's end where a row is not in it.
+      lies: sharding of [P, R, D], the parts over the devices that hold them; of [P, R] by its first axes.
+    """
+
+    rows: jax.Array
+    local: jax.Array
+    lies: NamedSharding
+
+
+Touched = Mapping[str, Rows]  # by group of parameters
 
 
 class RowState(NamedTuple):
@@ -61,7 +78,7 @@ def tables_of(rows: str, objectives: tuple[Objective, ...], towers: TwoTowerSpec
     return found
 
 
-def touched(params: Params, spec: StepSpec, batch: Batch, *, n_items: int, draw: jax.Array, whole: Any) -> Touched:
+def touched(params: Params, spec: StepSpec, batch: Batch, *, n_items: int, draw: jax.Array, placed: Any, mesh: Mesh) -> Touched:
     """The rows that a step looks up: those of the batch's items and of what is drawn from the catalogue, and of its users.
 
     Their number is a constant of the config: as many as there are places for them, or rows of the table. Rows of empty places are not
@@ -71,16 +88,25 @@ def touched(params: Params, spec: StepSpec, batch: Batch, *, n_items: int, draw:
       params, spec, batch: of the step.
       n_items: N of the catalogue.
       draw: typed key of the items that are drawn, as for `forwards.outputs`.
-      whole: the sharding of an array that every device holds.
+      placed: shardings of the parameters.
+      mesh: of the run.
     """
     if not spec.row_tables:
         return {}
     looked_up = {"users": [batch.user_ids], "ids": [batch.item_ids, *forwards.draws(spec, batch, draw, n_items=n_items)]}
 
-    def rows_of(group: str) -> jax.Array:
+    def rows_of(group: str) -> Rows:
         ids = jnp.concatenate([jnp.asarray(x).reshape(-1) for x in looked_up[group] if x is not None])
-        rows = (ids_lib.places(ids, **spec.towers.id_options) if group == "ids" else ids).reshape(-1)
-        return once(jax.lax.with_sharding_constraint(rows, whole), rows=len(params[group]["embedding"]))
+        found = (ids_lib.places(ids, **spec.towers.id_options) if group == "ids" else ids).reshape(-1)
+        size = len(params[group]["embedding"])
+        rows = once(jax.lax.with_sharding_constraint(found, replicated(mesh)), rows=size)
+        axes, *columns = placed[group]["embedding"].spec or (None,)
+        parts = devices_along(mesh, axes) if axes else 1
+        local = rows - size // parts * jnp.arange(parts, dtype=rows.dtype)[:, None]
+        there = (local >= 0) & (local < size // parts)
+        beyond = size // parts + jnp.arange(len(rows), dtype=rows.dtype)
+        lies = NamedSharding(mesh, PartitionSpec(axes, None, *columns))
+        return Rows(rows, _lying(jnp.where(there, local, beyond), lies), lies)
 
     return {group: rows_of(group) for group in spec.row_tables}
 
@@ -93,35 +119,57 @@ def once(looked_up: jax.Array, *, rows: int) -> jax.Array:
     return jnp.where(found < rows, found, rows + jnp.arange(len(found), dtype=found.dtype))
 
 
-def taken(tree: Any, touched: Touched, whole: Any) -> Any:
-    """Parameters or optimizer state -> the same with the touched rows alone in place of each table; every device holds these."""
+def taken(tree: Any, touched: Touched) -> Any:
+    """Parameters or optimizer state -> the same with [P, R, ...] in place of each table: the touched rows, zero but in their own part.
 
-    def take(rows: jax.Array, table: jax.Array) -> jax.Array:
-        held = table.at[rows].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-        return jax.lax.with_sharding_constraint(held, whole)
+    No device needs another's part for it, nor to put them back.
+    """
+
+    def take(at: Rows, table: jax.Array) -> jax.Array:
+        part = _parts(table, at)
+        held = jax.vmap(lambda t, i: t.at[i].get(mode="fill", fill_value=0, unique_indices=True))(part, at.local)
+        return _lying(held, at.lies)
 
     return _over_tables(take, touched, tree)
 
 
 def put_back(tree: Any, part: Any, touched: Touched) -> Any:
-    """The tree with the rows of `part`, which `taken` had taken out of it; what is no table is that of `part`."""
+    """The tree with rows [P, R, ...] or, the same for all parts, [R, ...] in place of those `taken`; what is no table is that of `part`."""
 
-    def put(rows: jax.Array, table: jax.Array, held: jax.Array) -> jax.Array:
-        return table.at[rows].set(held, mode="drop", unique_indices=True, indices_are_sorted=True)
+    def put(at: Rows, table: jax.Array, held: jax.Array) -> jax.Array:
+        held = jnp.broadcast_to(held, (*at.local.shape, *table.shape[1:]))
+        write = lambda t, i, h: t.at[i].set(h, mode="drop", unique_indices=True)
+        return jax.vmap(write)(_parts(table, at), at.local, held).reshape(table.shape)
 
     return _over_tables(put, touched, tree, part)
 
 
+def _parts(table: jax.Array, at: Rows) -> jax.Array:
+    """A table [N, ...] as the parts that it lies in [P, N / P, ...]."""
+    return _lying(table.reshape(len(at.local), -1, *table.shape[1:]), at.lies)
+
+
+def _lying(x: jax.Array, lies: NamedSharding) -> jax.Array:
+    """An array of parts [P, ...] where its table lies."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(lies.mesh, PartitionSpec(*lies.spec[: x.ndim])))
+
+
+def whole_rows(params: Params, touched: Touched) -> Params:
+    """Parameters with the touched rows [R, D] on every device in place of each table."""
+    add = lambda at, held: jax.lax.with_sharding_constraint(held.sum(0), replicated(at.lies.mesh))
+    return _over_tables(add, touched, taken(params, touched))
+
+
 def looked_up_in(params: Params, touched: Touched) -> dict[str, Any]:
     """Parameters of touched rows, with which rows these are, as the towers' look-ups take them (`towers.ids`)."""
-    return {**params, **{group: {**params[group], "rows": rows} for group, rows in touched.items()}}
+    return {**params, **{group: {**params[group], "rows": at.rows} for group, at in touched.items()}}
 
 
 def _over_tables(function: Callable[..., jax.Array], touched: Touched, *trees: Any) -> Any:
-    """function(rows, *leaves) for every table's leaf, of parameters and in the RowStates of an optimizer; else the last tree's leaf."""
+    """function(Rows, *leaves) for every table's leaf, of parameters and in the RowStates of an optimizer; else the last tree's leaf."""
     if not touched:
         return trees[-1]
-    rows_of = {TABLES[group]: rows for group, rows in touched.items()}
+    rows_of = {TABLES[group]: at for group, at in touched.items()}
 
     def leaf(path: Any, *leaves: Any) -> Any:
         name = path_name(path)
@@ -162,7 +210,7 @@ def scale_by_row_adam(*, b1: float, b2: float) -> optax.GradientTransformation:
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.kept["nu"], updates)
 
         def direction(m: jax.Array, v: jax.Array, c: jax.Array) -> jax.Array:
-            unbiased = lambda x, beta: x / (1 - beta ** c[:, None])
+            unbiased = lambda x, beta: x / (1 - beta ** c[..., None])
             return unbiased(m, b1) / (jnp.sqrt(unbiased(v, b2)) + EPSILON)
 
         return jax.tree.map(direction, mu, nu, count), RowState({"mu": mu, "nu": nu, "count": count})
@@ -182,8 +230,8 @@ def scale_by_row_adagrad() -> optax.GradientTransformation:
 
     def update(updates: Any, state: RowState, params: Any = None) -> tuple[Any, RowState]:
         del params
-        square = jax.tree.map(lambda s, g: s + jnp.mean(g**2, axis=1), state.kept["square"], updates)
-        directions = jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + EPSILON)[:, None], square, updates)
+        square = jax.tree.map(lambda s, g: s + jnp.mean(g**2, axis=-1), state.kept["square"], updates)
+        directions = jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + EPSILON)[..., None], square, updates)
         return directions, RowState({"square": square})
 
     return optax.GradientTransformation(init, update)

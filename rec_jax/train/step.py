@@ -140,8 +140,9 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng, impl=RNG), state.step)
         keys = forwards.momentum_outputs(state.momentum, spec, batch, constants, several) if spec.momentum else None
-        touched = rows_lib.touched(state.params, spec, batch, n_items=len(constants.log_q), draw=key, whole=whole)
-        params, opt_state = (rows_lib.taken(tree, touched, whole) for tree in (state.params, state.opt_state))
+        placed = state_shardings.params
+        touched = rows_lib.touched(state.params, spec, batch, n_items=len(constants.log_q), draw=key, placed=placed, mesh=mesh)
+        params, opt_state = rows_lib.whole_rows(state.params, touched), rows_lib.taken(state.opt_state, touched)
 
         def loss_of(params: Any) -> Any:
             return _loss(rows_lib.looked_up_in(params, touched), spec, batch, constants, key, state.step, keys, state.queue, several)
