@@ -57,7 +57,8 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
 BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "ease", "ials", "bpr")  # what rec_jax.eval.baselines can fit
 CHOICES = {
     "batch.kind": ("histories", "impressions", "texts", "pairs"),
-    "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item", "impressions"),
+    "data.split.kind": ("leave_one_out", "temporal", "ratio", "random", "cold_item", "impressions"),
+    "data.split.history": ("earlier", "train"),
     "data.impressions.split": ("", "random", "temporal", "events"),
     "towers.text.pooling": ("mean", "cls", "max"),
     "towers.text.source": ("frozen", "tokens"),
@@ -70,6 +71,7 @@ CHOICES = {
     "towers.user.kind": ("history", "text", "id"),
     "towers.user.layer": ("attention", "hstu"),
     "towers.user.positions": ("learned", "rotary", "relative", "none"),
+    "towers.user.readout": ("last", "mean"),
     "towers.task.kind": ("dot", "mlp", "dcn"),
     "towers.task.sharing": ("bottom", "mmoe", "ple"),
     "teacher.source": ("stored", "online"),
@@ -133,6 +135,12 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError("config.batch.kind='texts' trains the encoder: set config.towers.text.source='tokens'")
     if not 0 <= config.batch.drop_events < 1:
         raise RecJaxError(f"config.batch.drop_events={config.batch.drop_events!r}: must be at least 0 and below 1; 0 leaves none out")
+    timed = user.positions != "none" or "gap" in user.inputs or user.time_bias or user.session_gap
+    if config.batch.shuffle_events and user.kind == "history" and timed:
+        raise RecJaxError(
+            "config.batch.shuffle_events=True makes places and times say nothing: set config.towers.user.positions='none' (it is "
+            f"{user.positions!r}), and leave the input gap, time_bias and session_gap off"
+        )
     if config.batch.kind == "pairs":
         _check_pairs(config)
     if not config.towers.item.text:

@@ -27,6 +27,7 @@ class BatchSpec:
       views: how two views of each packed history are made; None = none.
       drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
       columns: of the records, that travel with the places of histories: some of "times" and "ratings".
+      shuffle_events: the events of a window come in random order, drawn anew each epoch.
     """
 
     shards: int
@@ -44,6 +45,7 @@ class BatchSpec:
     views: HistoryViews | None = None
     drop_events: float = 0.0
     columns: tuple[str, ...] = ()
+    shuffle_events: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> BatchSpec:
@@ -63,6 +65,7 @@ class BatchSpec:
             views=HistoryViews.from_config(config) if config.towers.user.kind == "history" else None,
             drop_events=b.drop_events,
             columns=columns_of(config),
+            shuffle_events=b.shuffle_events,
         )
 
     def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:

@@ -20,6 +20,7 @@ from rec_jax.towers.history_layers import LAYERS
 from rec_jax.types import Params, RecJaxError
 
 POSITIONS = ("learned", "rotary", "relative", "none")
+READOUTS = ("last", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class HistorySpec:
       ratings: lower ends of the ranges that ratings are told apart by, with the input "rating".
       time_bias: scores have a bias by the time between two places.
       session_gap: seconds from which on a pause begins a session, which is all that the first half of the layers sees; 0 = off.
+      readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
     """
 
     dim: int
@@ -54,12 +56,14 @@ class HistorySpec:
     ratings: tuple[float, ...] = ()
     time_bias: bool = False
     session_gap: int = 0
+    readout: str = "last"
 
     def __post_init__(self) -> None:
         for key, names, known in (
             ("layer", (self.layer,), tuple(LAYERS)),
             ("positions", (self.positions,), POSITIONS),
             ("inputs", self.inputs, tuple(INPUTS)),
+            ("readout", (self.readout,), READOUTS),
         ):
             if not set(names) <= set(known):
                 raise RecJaxError(f"HistorySpec.{key}={vars(self)[key]!r} (config.towers.user.{key}): expected of {', '.join(known)}")
@@ -104,6 +108,9 @@ class _History(nn.Module):
         for n in range(s.layers):
             layer_keys = None if keys is None else fold(keys, n)
             x = LAYERS[s.layer](s, name=f"layer_{n}")(x, near if n < s.layers // 2 else mask, seen, layer_keys)
+        if s.readout == "mean":
+            share = mask.astype(x.dtype)
+            x = jnp.einsum("rst,rtd->rsd", share / share.sum(-1, keepdims=True), x)
         return nn.Dense(s.dim, use_bias=False, name="project")(nn.RMSNorm(name="norm")(x))
 
 

@@ -133,7 +133,7 @@ def make_spec(
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
     tower = None
     if u.kind == "history":
-        kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
+        kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings, "readout": u.readout}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
         tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask, **kinds, **times)
     return TwoTowerSpec(
