@@ -58,7 +58,8 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
 BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "ease", "ials", "bpr")  # what rec_jax.eval.baselines can fit
 CHOICES = {
     "batch.kind": ("histories", "impressions", "texts", "pairs"),
-    "data.split.kind": ("leave_one_out", "temporal", "ratio", "cold_item", "impressions"),
+    "data.split.kind": ("leave_one_out", "temporal", "ratio", "random", "cold_item", "impressions"),
+    "data.split.history": ("earlier", "train"),
     "data.impressions.split": ("", "random", "temporal", "events"),
     "towers.text.pooling": ("mean", "cls", "max"),
     "towers.text.source": ("frozen", "tokens"),
@@ -71,6 +72,7 @@ CHOICES = {
     "towers.user.kind": ("history", "text", "id"),
     "towers.user.layer": ("attention", "hstu"),
     "towers.user.positions": ("learned", "rotary", "relative", "none"),
+    "towers.user.readout": ("last", "mean"),
     "towers.task.kind": ("dot", "mlp", "dcn"),
     "towers.task.sharing": ("bottom", "mmoe", "ple"),
     "teacher.source": ("stored", "online"),

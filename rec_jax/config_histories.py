@@ -13,6 +13,12 @@ def check_histories(config: ConfigDict) -> None:
     batch, user = config.batch, config.towers.user
     if not 0 <= batch.drop_events < 1:
         raise RecJaxError(f"config.batch.drop_events={batch.drop_events!r}: must be at least 0 and below 1; 0 leaves none out")
+    timed = user.positions != "none" or "gap" in user.inputs or user.time_bias or user.session_gap
+    if batch.shuffle_events and user.kind == "history" and timed:
+        raise RecJaxError(
+            "config.batch.shuffle_events=True makes places and times say nothing: set config.towers.user.positions='none' (it is "
+            f"{user.positions!r}), and leave the input gap, time_bias and session_gap off"
+        )
     longest = max(config.eval.history_length, batch.history_length)
     if user.kind == "history" and user.positions == "learned" and longest > user.max_positions:
         raise RecJaxError(f"histories of {longest} places need config.towers.user.max_positions={user.max_positions} to be as large")

@@ -11,7 +11,8 @@ def defaults() -> ConfigDict:
     c.seed = 0  # all random streams derive from it: data order, initial values, dropout
 
     c.data = ConfigDict()
-    c.data.reader = "movielens"  # movielens | sequences | recbole | amazon | mind | frappe | open_bandit | table
+    # movielens | sequences | recbole | amazon | mind | frappe | open_bandit | lastfm | steam | goodbooks | msweb | table
+    c.data.reader = "movielens"
     c.data.path = ""  # file, folder or archive that the reader takes; "builtin:ml-latest-small" ships with the package
     c.data.items = ""  # items file, for readers that take one beside the events (sequences: TSV with item_id and text columns)
     # Reader "table": names in the file; "" = none. Of impressions also the columns that hold context, labels (empty = not observed) and the
@@ -45,9 +46,12 @@ def defaults() -> ConfigDict:
     c.data.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off
     c.data.filter.min_user_events = 3  # leave-one-out needs one event each to train, validate and test
     c.data.split = ConfigDict()
-    c.data.split.kind = "leave_one_out"  # leave_one_out | temporal | ratio | cold_item | impressions: each event that of its impression
-    c.data.split.valid = 0.1  # temporal, ratio: share of events; cold_item: share of items
+    # leave_one_out | temporal | ratio | random: of each user's events, by seed | cold_item | impressions: each event that of its impression
+    c.data.split.kind = "leave_one_out"
+    c.data.split.valid = 0.1  # temporal, ratio, random: share of events; cold_item: share of items
     c.data.split.test = 0.1
+    # What users are known by in the test: earlier (train and validation events) | train (those alone; the others are removed all the same)
+    c.data.split.history = "earlier"
     c.data.text = ConfigDict()
     c.data.text.template = ""  # e.g. "{title} ({year}). {genres}"; "" = made of the text columns that are there
     c.data.text.max_tokens = 48  # longer texts are cut, and the number of cut texts is reported
@@ -72,6 +76,9 @@ def defaults() -> ConfigDict:
     # 0 = off: each place seeks the next item. To rank, a hidden place stands behind the history
     c.batch.cloze = 0.0
     c.batch.cloze_last = 0.1  # with cloze: probability that a window's last place alone is hidden, which is what ranking asks
+    # A window's events come in a new random order each epoch, for data without order: the next of them is then any of those that are left.
+    # Goes with kind="histories" and towers.user.positions="none"
+    c.batch.shuffle_events = False
     c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
     c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
     c.batch.row_tokens = 64  # T, tokens of a packed row
@@ -142,6 +149,7 @@ def defaults() -> ConfigDict:
     c.towers.user.layer = "attention"  # attention: softmax, then an MLP | hstu: HSTU's gated layer, SiLU for the softmax and no MLP
     # learned: a vector of each place | rotary: queries and keys turned by their place | relative: a bias of each head by distance | none
     c.towers.user.positions = "learned"
+    c.towers.user.readout = "last"  # user vector: last, what the layers make of the newest item | mean, the mean over the whole history
     # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event); () = nothing. This key,
     # time_bias and session_gap read times of the events, or their ratings
     c.towers.user.inputs = ()
@@ -197,6 +205,9 @@ def defaults() -> ConfigDict:
     c.objectives.info_nce.neighbour_items = 2  # newest items of a history whose neighbours count
     c.objectives.info_nce.neighbour_decay = 0.5  # weight of the neighbours of an item against those of the next newer one
     c.objectives.info_nce.positives = 1  # that many next items of a history are positives of each place
+    # That many places of a shard, drawn anew each step, are trained, with candidates="catalogue"; 0 = all. In random orders the places of a
+    # history teach much the same, and few of them with several positives each cost less
+    c.objectives.info_nce.places = 0
     # The keys down to `hard` go with batch candidates, and join them
     c.objectives.info_nce.queue = 0  # item vectors kept of earlier batches as negatives: a multiple of shards x places of a shard; 0 = off
     c.objectives.info_nce.momentum = 0.0  # decay of the momentum encoder that makes the candidates, e.g. 0.999; 0 = the towers themselves
@@ -354,7 +365,9 @@ def defaults() -> ConfigDict:
     c.eval.items_per_block = 16384
     c.eval.max_users = 0  # validation during training ranks at most that many users, drawn by seed; 0 = all
     c.eval.baselines = ("popularity", "item_knn", "sequence_knn", "ease")
-    c.eval.ease_max_items = 20000  # EASE inverts an items x items matrix: above this it is left out, and said so
+    c.eval.ease_max_items = 20000  # EASE inverts a matrix of all items (users where fewer): above this it is left out, and said so
+    c.eval.ease_regularisation = 100.0
+    c.eval.ease_popularity_power = 0.0  # EASE divides an item's events by its number of them to this power; 0 = as published
     # "" = none | name of a baseline whose scores are added to those of the last stage, as a row of its own; weight chosen on validation
     c.eval.fuse = ""
     c.eval.examples = ()  # histories (tuples of titles) whose top ten is printed at the end

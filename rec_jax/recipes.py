@@ -1,4 +1,4 @@
-"""What several configs share: what sequences want, SASRec and BERT4Rec, the four stages, and the chain with one of them left out."""
+"""What several configs share: what sequences and sets want, SASRec and BERT4Rec, the four stages, and the chain with one left out."""
 
 from __future__ import annotations
 
@@ -34,6 +34,46 @@ def sequences(c: ConfigDict) -> None:
     c.train.patience = 4
     c.eval.max_users = 5000
     c.eval.fuse = "sequence_knn"
+
+
+def sets(c: ConfigDict) -> None:
+    """Gives a config what data without times want: histories as sets, with their events in a new random order each epoch, split at random
+    by user. `c` is changed in place.
+
+    A user is the mean of the vectors of the history's items behind a linear map. At a place of the random order that is a random part of
+    a user's items, which seeks the next ones, again a random part, among the whole catalogue: of a packed row of about one user one or two
+    places in each step, for the places of an order teach much the same. The temperature is fixed: a learned one sinks, and the items'
+    vectors then learn the histories by heart.
+    """
+    c.data.on_bad.empty_text = "keep"
+    c.data.split.kind = "random"
+    c.batch.shuffle_events = True
+    c.batch.shards = 4
+    c.batch.history_rows = 64
+    c.batch.history_length = 40
+    c.towers.dim = 128
+    c.towers.item.ids = True
+    c.towers.user.positions = "none"
+    c.towers.user.readout = "mean"
+    c.towers.user.layers = 0
+    c.objectives.info_nce.temperature = 0.1
+    c.objectives.info_nce.learn_temperature = False
+    c.objectives.info_nce.places = 64
+    c.objectives.info_nce.positives = 20
+    c.optimizer.beta2 = 0.999
+    c.train.log_every = "20 steps"
+    c.eval.baselines = ("popularity", "item_knn", "ease")
+    c.eval.history_length = 256
+    c.eval.fuse = "ease"
+
+
+def smoke_of_sets(c: ConfigDict) -> None:
+    """Makes a config that `sets` has made one of a few steps; `c` is changed in place."""
+    c.batch.history_rows = 8
+    c.train.duration = "10 steps"
+    c.train.log_every = "5 steps"
+    c.eval.max_users = 200
+    c.eval.baselines, c.eval.fuse = ("popularity",), ""
 
 
 def sasrec(c: ConfigDict, *, loss: str) -> None:

@@ -73,12 +73,14 @@ class EvalSet:
       history, targets: of each user, catalogue indices, oldest first. Columns of the history: "times" and "ratings" of its events, where
         the config has a history tower that reads them.
       n_items: N, all of which are ranked.
+      removed: items that the ranking leaves out; None = those of the history.
     """
 
     users: np.ndarray
     history: Ragged
     targets: Ragged
     n_items: int
+    removed: Ragged | None = None
 
 
 @jax.tree_util.register_dataclass

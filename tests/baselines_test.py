@@ -82,6 +82,23 @@ def test_ease_is_the_constrained_least_squares_solution(histories, monkeypatch):
     np.testing.assert_allclose(scores, binary(QUERIES) @ expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("users", [9, 60], ids=["by users", "by items"])
+@pytest.mark.parametrize("power", [0.0, 0.3])
+def test_ease_by_users_or_by_items_is_the_same(monkeypatch, users, power):
+    monkeypatch.setattr(linear, "CHUNK", 5)
+    rng, n = np.random.default_rng(0), 17
+    train = Ragged.from_rows([rng.permutation(n)[: rng.integers(1, 8)] for _ in range(users)])
+    x = np.stack([np.isin(np.arange(n), train[user]) for user in range(users)]).astype(float)
+    scale = np.maximum(x.sum(0), 1) ** -power
+    inverse = np.linalg.inv((x * scale).T @ (x * scale) + 1.5 * np.eye(n))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0)
+    queries = Ragged.from_rows([[3, 1], [], [16, 2, 5]])
+    h = np.stack([np.isin(np.arange(n), queries[q]) for q in range(3)]) * scale
+    scores = baselines.fit("ease", train, n, regularisation=1.5, popularity_power=power)(queries)
+    np.testing.assert_allclose(scores, h @ weights, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", baselines.BASELINES)
 def test_every_baseline_gives_float32_and_the_same_bits_twice(histories, name):
     first, second = (baselines.fit(name, histories, N)(QUERIES) for _ in range(2))
@@ -96,6 +113,8 @@ def test_bad_input_is_refused(histories):
         baselines.fit("knn", histories, N)
     with pytest.raises(RecJaxError, match="ease_max_items"):
         baselines.fit("ease", histories, N, max_items=5)
+    with pytest.raises(RecJaxError, match=r"popularity_power=2; expected"):
+        baselines.fit("ease", histories, N, popularity_power=2)
     for name in baselines.BASELINES:
         with pytest.raises(RecJaxError, match="the catalogue has 0 to 4"):
             baselines.fit(name, histories, 5)

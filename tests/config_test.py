@@ -142,7 +142,7 @@ def test_override_refuses_and_says_why(file, key, text, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data.split.kind", "random", r"config.data.split.kind='random': expected one of leave_one_out, temporal"),
+        ("data.split.kind", "weekly", r"config.data.split.kind='weekly': expected one of leave_one_out, temporal"),
         ("batch.shards", 0, r"config.batch.shards=0: must be above 0"),
         ("data.on_bad.bad_row", "keep", r"config.data.on_bad.bad_row='keep': expected one of error, skip"),
         ("towers.user.heads", 3, r"config.towers.dim=64 is not divisible by config.towers.user.heads=3"),
@@ -172,7 +172,7 @@ def test_check_names_the_neighbours_of_an_unknown_key():
 def test_check_wants_a_group_where_a_group_belongs():
     config = config_lib.defaults()
     config.data = ConfigDict({**config.data, "split": "temporal"})
-    with pytest.raises(RecJaxError, match=r"config.data.split='temporal': expected a group of keys \(kind, test, valid\)"):
+    with pytest.raises(RecJaxError, match=r"config.data.split='temporal': expected a group of keys \(history, kind, test, valid\)"):
         config_lib.check(config)
 
 

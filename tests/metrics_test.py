@@ -31,6 +31,20 @@ def test_values_by_hand():
         assert values[name].dtype == np.float64
 
 
+def test_several_targets_as_recbole_counts_them():
+    """Recall and NDCG as `recbole.evaluator.metrics` has them: hits over targets; DCG over that of min(k, targets) hits in front."""
+    rng, k = np.random.default_rng(1), 10
+    rows = [np.sort(rng.permutation(40)[: rng.integers(1, 16)] + 1) for _ in range(50)]
+    ranks = np.stack([np.pad(row, (0, 15 - len(row))) for row in rows])
+    ours = metrics.per_user(ranks, ks=(k,))
+    for user, row in enumerate(rows):
+        hit = [place + 1 in row for place in range(k)]
+        gain = sum(h / np.log2(place + 2) for place, h in enumerate(hit))
+        best = sum(1 / np.log2(place + 2) for place in range(min(k, len(row))))
+        np.testing.assert_allclose(ours["recall@10"][user], sum(hit) / len(row))
+        np.testing.assert_allclose(ours["ndcg@10"][user], gain / best)
+
+
 def test_same_as_trec_eval_on_scores_without_ties():
     """ndcg_cut, recall and P agree at every k. recip_rank has no cut: ours is its value where it is at least 1 / k, else 0.
     map_cut divides by the number of targets, ours by at most k: so theirs x targets = ours x min(k, targets)."""

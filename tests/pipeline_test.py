@@ -131,6 +131,28 @@ def test_events_are_left_out_anew_each_epoch_and_by_the_position_alone():
     assert all(kept_events(1, rng, 0.9).sum() == 1 and kept_events(2, rng, 0.9).sum() == 2 for _ in range(20))
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_windows_are_shuffled_anew_each_epoch_and_by_the_position_alone(drop):
+    plain = make(**{"batch.drop_events": drop})
+    changes = {"batch.drop_events": drop, "batch.shuffle_events": True, "towers.user.positions": "none"}
+    shuffled, again = make(**changes), make(**changes)
+    orders, first = collections.defaultdict(set), 0
+    for position in range(6 * plain.examples_per_epoch):
+        (user, items, _), (same_user, mixed, _) = plain.example(position), shuffled.example(position)
+        assert user == same_user
+        assert sorted(items.tolist()) == sorted(mixed.tolist()), "the events of the window, each as often"
+        orders[user].add(tuple(mixed.tolist()))
+        first += items[0] == mixed[0]
+        np.testing.assert_array_equal(again.example(position)[1], mixed)
+    assert np.mean([len(found) for found in orders.values()]) > 4, "another order each epoch"
+    assert first < 0.5 * 6 * plain.examples_per_epoch, "the first event is moved too"
+    iterator, other = iter(shuffled), iter(again)
+    for _ in range(3):
+        next(iterator)
+    other.set_state(iterator.get_state())
+    assert same(next(iterator), next(other)), "a resume draws the same"
+
+
 def test_windows():
     w = windows.Windows.of(np.array([0, 1, 2, 5, 9]), 4)
     assert list(zip(w.user.tolist(), w.start.tolist(), w.stop.tolist(), strict=True)) == [(2, 0, 2), (3, 0, 5), (4, 4, 9), (4, 0, 5)]

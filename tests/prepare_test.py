@@ -24,7 +24,7 @@ from rec_jax.data import folders, prepare, readers, records
 from rec_jax.data.tables import code
 from rec_jax.types import RecJaxError
 
-KINDS = ("leave_one_out", "temporal", "ratio", "cold_item")
+KINDS = ("leave_one_out", "temporal", "ratio", "random", "cold_item")
 
 
 def write_events(folder: Path, n_users: int = 30, n_items: int = 20, seed: int = 0) -> None:
@@ -235,7 +235,7 @@ class TestReadBack:
         for user, events in enumerate(users):
             targets = [item for item, part, *_ in events if part == value]
             if targets:
-                first = [part for _, part, *_ in events].index(value)
+                first = len(events) if kind == "random" else [part for _, part, *_ in events].index(value)
                 expected[user] = [item for item, part, *_ in events[:first] if part < value], targets
         got = prepare.prepare(config).eval_set(split)
         assert got.users.tolist() == list(expected)
@@ -246,6 +246,24 @@ class TestReadBack:
             assert got.targets[row].tolist() == targets
         assert got.n_items == coded.n_items
         assert got.history.flat.dtype == got.targets.flat.dtype == np.int32
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_users_known_by_their_train_events_alone(self, config, kind):
+        config.data.split.kind, config.data.split.valid, config.data.split.test = kind, 0.2, 0.2
+        earlier, first = prepare.prepare(config).eval_set("test"), prepare.fingerprint_of(config)
+        config.data.split.history = "train"
+        assert prepare.fingerprint_of(config) != first
+        prepared = prepare.prepare(config)
+        got, train = prepared.eval_set("test"), prepared.train_histories()
+        assert earlier.removed is None
+        assert [got.removed[n].tolist() for n in range(len(got.users))] == [earlier.history[n].tolist() for n in range(len(got.users))]
+        assert [got.targets[n].tolist() for n in range(len(got.users))] == [earlier.targets[n].tolist() for n in range(len(got.users))]
+        fewer = 0
+        for row, user in enumerate(got.users):
+            history, removed, own = (set(x.tolist()) for x in (got.history[row], got.removed[row], train[int(user)]))
+            assert history == removed & own
+            fewer += history != removed
+        assert fewer > 0 or kind == "cold_item"
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_train_side(self, config, kind):

@@ -99,6 +99,42 @@ def test_cold_item(seed):
     assert not np.array_equal(out, run("cold_item", events, 0.1, 0.2, seed=seed + 1))
 
 
+def of_recbole(n, valid, test):
+    """Events of each part, as RecBole counts them (`Dataset._calcu_split_ids`)."""
+    shares = (1 - valid - test, valid, test)
+    counts = [math.floor(share * n + 1e-9) for share in shares]
+    counts[0] = n - sum(counts[1:])
+    for i in range(1, 3):
+        if counts[0] <= 1:
+            break
+        if 0 < shares[-i] * n < 1:
+            counts[-i] += 1
+            counts[0] -= 1
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("valid", "test"), [(0.1, 0.1), (0.29, 0.3), (0.0, 0.2), (0.2, 0.0), (0.05, 0.9), (0.9, 0.05)])
+def test_random(seed, valid, test):
+    events = random_events(seed)
+    out = run("random", events, valid, test, seed=seed)
+    for user in set(events[0].tolist()):
+        mine = out[events[0] == user]
+        assert np.bincount(mine, minlength=3).tolist() == of_recbole(len(mine), valid, test)
+    assert np.array_equal(out, run("random", events, valid, test, seed=seed))
+    assert not np.array_equal(out, run("random", events, valid, test, seed=seed + 1))
+
+
+def test_random_takes_every_place_as_often():
+    """Of a user with ten events each place is the test's in about a tenth of the draws."""
+    events = (np.zeros(10, np.int32), np.arange(10, dtype=np.int32), np.arange(10))
+    drawn = np.stack([run("random", events, seed=seed) for seed in range(600)])
+    for part in (1, 2):
+        share = (drawn == part).mean(0)
+        assert 0.06 < share.min() < share.max() < 0.14
+    assert len({tuple(row) for row in drawn.tolist()}) == 90, "all 10 x 9 ways"
+
+
 def test_cold_item_draw_is_fixed():
     one_each = (np.zeros(ITEMS, np.int32), np.arange(ITEMS, dtype=np.int32), np.arange(ITEMS))
     assert np.flatnonzero(run("cold_item", one_each, 0.0, 0.1, seed=0)).tolist() == sorted(np.random.RandomState(0).permutation(ITEMS)[:4])
@@ -107,7 +143,7 @@ def test_cold_item_draw_is_fixed():
 def test_bad_input():
     events = random_events(0)
     for kwargs, message in (
-        ({"kind": "random"}, r"kind='random': expected one of leave_one_out, temporal, ratio, cold_item"),
+        ({"kind": "by_luck"}, r"kind='by_luck': expected one of leave_one_out, temporal, ratio, random, cold_item"),
         ({"kind": "ratio", "valid": 0.5, "test": 0.5}, r"valid=0\.5 and test=0\.5: expected shares"),
         ({"kind": "ratio", "valid": -0.1}, r"valid=-0\.1"),
         ({"kind": "temporal", "clock": False}, r"'temporal' needs times.*use leave_one_out or ratio"),

@@ -35,6 +35,37 @@ def test_a_place_sees_only_its_past(params):
     assert np.abs(np.asarray(before[:, 6:] - after[:, 6:])).max() > 1e-3
 
 
+# A layer under another, or under the mean, sees its places' own pasts, which an order makes.
+SETS = [{"positions": "none", "layers": 1}, {"positions": "none", "readout": "mean", "layers": 0}]
+
+
+@pytest.mark.parametrize("changes", SETS, ids=str)
+def test_without_places_a_history_is_a_set(changes):
+    spec = dataclasses.replace(SPEC, **changes)
+    params = history.init(jax.random.key(0), spec)
+    assert "position" not in params
+    x, ids = vectors(2, 9), jnp.ones((2, 9), jnp.int32)
+    mixed = np.random.default_rng(0).permutation(8).tolist()  # the order before the last place
+    out, other = (history.encode(params, spec, v, ids) for v in (x, x[:, jnp.asarray([*mixed, 8])]))
+    np.testing.assert_allclose(out[:, 8], other[:, 8], atol=1e-5)
+    ordered = history.init(jax.random.key(0), SPEC)
+    with_places = [history.encode(ordered, SPEC, v, ids)[:, 8] for v in (x, x[:, jnp.asarray([*mixed, 8])])]
+    assert np.abs(np.asarray(with_places[0] - with_places[1])).max() > 1e-2
+
+
+def test_the_mean_readout_is_the_mean_of_the_own_past():
+    spec = dataclasses.replace(SPEC, positions="none", readout="mean", layers=0)
+    params = history.init(jax.random.key(0), spec)
+    x, ids = vectors(1, 9), jnp.asarray([[1] * 4 + [2] * 3 + [0] * 2])
+    out = np.asarray(history.encode(params, spec, x, ids))
+    into = np.asarray(x[0]) * 8**0.5 @ np.asarray(params["in"]["kernel"])
+    for start, place in ((0, 0), (0, 3), (4, 6)):
+        mean = into[start : place + 1].mean(0)
+        scaled = mean / np.sqrt((mean**2).mean() + 1e-6) * np.asarray(params["norm"]["scale"])
+        np.testing.assert_allclose(out[0, place], scaled @ np.asarray(params["project"]["kernel"]), atol=1e-4)
+    assert np.isfinite(out).all()
+
+
 def test_packed_histories_do_not_leak(params):
     x = vectors(1, 12)
     ids = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3])

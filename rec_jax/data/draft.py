@@ -29,6 +29,7 @@ class BatchSpec:
       drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
       columns: of the records, that travel with the places of histories: some of "times" and "ratings".
       cloze: what of a window is hidden and sought; None: each place seeks the next item.
+      shuffle_events: the events of a window come in random order, drawn anew each epoch.
     """
 
     shards: int
@@ -47,6 +48,7 @@ class BatchSpec:
     drop_events: float = 0.0
     columns: tuple[str, ...] = ()
     cloze: Cloze | None = None
+    shuffle_events: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> BatchSpec:
@@ -67,6 +69,7 @@ class BatchSpec:
             drop_events=b.drop_events,
             columns=columns_of(config),
             cloze=Cloze.from_config(config),
+            shuffle_events=b.shuffle_events,
         )
 
     def with_negatives(self, negatives: int, mean_places: float) -> BatchSpec:

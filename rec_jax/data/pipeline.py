@@ -178,11 +178,15 @@ class Batches(WindowBatches):
                 )
 
     def example(self, position: int) -> Example:
-        """See `WindowBatches`; what is left out is drawn by the position alone, so that a resume draws the same."""
+        """See `WindowBatches`; what is left out, and a random order, are drawn by the position alone, so that a resume draws the same."""
         whole = super().example(position)
-        if not self.spec.drop_events:
+        if not (self.spec.drop_events or self.spec.shuffle_events):
             return whole
-        kept = kept_events(len(whole.items), np.random.default_rng((self.seed, position)), self.spec.drop_events)
+        random, kept = np.random.default_rng((self.seed, position)), np.arange(len(whole.items))
+        if self.spec.drop_events:
+            kept = np.flatnonzero(kept_events(len(whole.items), random, self.spec.drop_events))
+        if self.spec.shuffle_events:
+            kept = random.permutation(kept)
         return Example(whole.user, whole.items[kept], {name: column[kept] for name, column in whole.columns.items()})
 
     def draft(self) -> Draft:

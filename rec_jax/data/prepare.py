@@ -172,7 +172,9 @@ class Prepared:
         """Users with an event in `split` ("valid" or "test") -> their targets, and the history before the first of them.
 
         The targets are all events of the split. The history is what the user had before the first target and belongs to an earlier
-        part: train for validation, train and validation for test. With the split "cold_item" it may be empty. It has `columns`.
+        part: train for validation, train and validation for test. With the split "cold_item" it may be empty; with "random" it is all of
+        the earlier parts, whenever it was. With config.data.split.history="train" it is the train events of that alone, and the ranking
+        leaves the validation events out nevertheless. It has `columns`.
 
         Raises:
           RecJaxError: no such split.
@@ -188,13 +190,19 @@ class Prepared:
         # +1 where a history opens and -1 where it ends: the running sum is 1 inside.
         edges = np.zeros(len(items) + 1, np.int8)
         edges[starts] += 1
-        edges[firsts] -= 1
+        edges[offsets[users + 1] if self.meta["settings"]["split"]["kind"] == "random" else firsts] -= 1
         known = (np.cumsum(edges[:-1], dtype=np.int8) == 1) & (splits < SPLITS[split])
-        known_before = _counted(known)
-        columns = {name: column[known] for name, column in self._columns.items()}
-        history = Ragged(items[known], np.append(known_before[starts], known_before[-1]), columns)
+        history = self._histories(known, starts)
         targets = Ragged(items[places], np.append(targets_before[starts], len(places)))
+        if self.meta["settings"]["split"].get("history", "earlier") == "train":
+            return EvalSet(users, self._histories(known & (splits == SPLITS["train"]), starts), targets, self.n_items, removed=history)
         return EvalSet(users, history, targets, self.n_items)
+
+    def _histories(self, taken: np.ndarray, starts: np.ndarray) -> Ragged:
+        """The events of the mask `taken` [E], of the users whose events begin at `starts`, with their columns."""
+        before = _counted(taken)
+        columns = {name: column[taken] for name, column in self._columns.items()}
+        return Ragged(self._events[0][taken], np.append(before[starts], before[-1]), columns)
 
     def impressions(self, split: str) -> Impressions:
         """Labelled impressions of a part ("train", "valid", "test"), mapped from disk: user [E], item [E], context [E, C], labels [E, L].
@@ -265,7 +273,9 @@ def _settings(config: Any) -> dict[str, Any]:
             settings["on_bad"].pop(key)
     if not settings["impressions"]["split"]:
         settings.pop("impressions")
-    if settings["split"]["kind"] == "cold_item" or "impressions" in settings:
+    if settings["split"]["history"] == "earlier":
+        settings["split"].pop("history")
+    if settings["split"]["kind"] in ("cold_item", "random") or "impressions" in settings:
         settings["seed"] = config.seed
     return settings
 

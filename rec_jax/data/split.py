@@ -1,8 +1,9 @@
-"""Train, validation and test: leave-one-out, temporal, ratio, cold-item.
+"""Train, validation and test: leave-one-out, temporal, ratio, random, cold-item.
 
 Every split takes events sorted by (user, time) and returns [E] uint8: 0 train, 1 validation, 2 test. In leave-one-out, ratio and
 temporal a user's events come in the order train, validation, test, so the history of a target never holds a later event. In
-cold-item they interleave: the history of a target is what the user had before it, and cold items are in no training history.
+cold-item they interleave: the history of a target is what the user had before it, and cold items are in no training history. In random
+they interleave as well, and time says nothing: the history of a target is all that the user has in the earlier parts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def split(
 
     Args:
       clock: whether `time` is a time; "temporal" needs one.
-      seed: of "cold_item".
+      seed: of "random" and "cold_item".
 
     Raises:
       RecJaxError: no such split, shares that leave nothing to train on, or "temporal" without times.
@@ -89,6 +90,30 @@ def temporal(user: np.ndarray, item: np.ndarray, time: np.ndarray, *, valid: flo
     return out
 
 
+def random(
+    user: np.ndarray, item: np.ndarray, time: np.ndarray, *, n_users: int, valid: float, test: float, seed: int, **_: Any
+) -> np.ndarray:
+    """user [E] -> [E] uint8: of each user's events a `test` and a `valid` share, drawn by seed.
+
+    Shares are rounded down, but a share between 0 and 1 event is one, the test's first, as long as more than one event is left to train.
+
+    Reference: RecBole (Zhao et al., 2021), `Dataset.split_by_ratio` with group_by="user" and order "RO".
+    """
+    place = np.random.RandomState(seed).permutation(len(user))
+    order = np.lexsort((place, user))  # user by user, in random order
+    from_end, events = _from_end(user, n_users)
+    n_test, n_valid = _floor(test * events), _floor(valid * events)
+    left = events - n_test - n_valid
+    for share, n in ((test, n_test), (valid, n_valid)):
+        one = (left > 1) & (n == 0) & (share > 0)
+        n += one
+        left -= one
+    out = np.zeros(len(user), np.uint8)
+    out[order[from_end < n_test + n_valid]] = VALID
+    out[order[from_end < n_test]] = TEST
+    return out
+
+
 def cold_item(
     user: np.ndarray, item: np.ndarray, time: np.ndarray, *, n_items: int, valid: float, test: float, seed: int, **_: Any
 ) -> np.ndarray:
@@ -108,6 +133,7 @@ SPLITS: dict[str, Callable[..., np.ndarray]] = {
     "leave_one_out": leave_one_out,
     "temporal": temporal,
     "ratio": ratio,
+    "random": random,
     "cold_item": cold_item,
 }
 

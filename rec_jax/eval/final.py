@@ -20,9 +20,13 @@ from rec_jax.eval.model import load, towers_of
 from rec_jax.eval.workdir import best_params, read_config
 from rec_jax.types import EvalSet, Ragged, RecJaxError
 
-COLUMNS = ("ndcg@10", "hr@10", "ndcg@20", "hr@20", "mrr@10", "coverage@10")
-CLICK_COLUMNS = ("auc", "gauc", "log_loss", "normalized_entropy", "calibration_error")
-OVERRIDES = ("eval.baselines", "eval.fuse", "eval.ease_max_items")  # keys that an evaluation may set otherwise: they change no model
+COLUMNS = ("ndcg@10", "hr@10", "recall@10", "ndcg@20", "hr@20", "mrr@10", "coverage@10")
+CLICK_COLUMNS = (
+    "auc", "gauc", "log_loss", "normalized_entropy", "calibration_error", "slate_auc", "slate_mrr", "slate_ndcg@5", "slate_ndcg@10",
+)  # fmt: skip
+OVERRIDES = (
+    "eval.baselines", "eval.fuse", "eval.ease_max_items", "eval.ease_regularisation", "eval.ease_popularity_power",
+)  # fmt: skip  # keys that an evaluation may set otherwise: they change no model
 TEXTS_TIMED = 512  # texts by which an encoder's speed is measured
 Metrics = dict[str, float]
 
@@ -31,8 +35,8 @@ def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split:
     """Each baseline of `config.eval.baselines` fitted on the train events and ranked like the model -> name -> metrics."""
     e, out = config.eval, {}
     for name in e.baselines:
-        if name == "ease" and eval_set.n_items > e.ease_max_items:
-            say(f"ease is left out: {eval_set.n_items:,} items, above eval.ease_max_items={e.ease_max_items:,}")
+        if name == "ease" and min(eval_set.n_items, prepared.n_users) > e.ease_max_items:
+            say(f"ease is left out: {eval_set.n_items:,} items, above eval.ease_max_items={e.ease_max_items:,}, and as many users")
             continue
         began = time.perf_counter()
         scorer = baselines.of_config(name, config, prepared)
@@ -180,8 +184,11 @@ def run(workdir: epath.PathLike, split: str = "test", *, overrides: Sequence[tup
         if users := last.get(f"{split}_cold/users"):
             most = cold.most_seen(prepared.item_counts())
             titles[f"{split}_cold"] = f"the {users:,} users whose target training saw at most {most} times (a tenth of the items or more)"
+        # With one target each, recall is hr.
+        several = prepared.eval_set(split).targets.lengths().max() > 1
+        columns = [c for c in COLUMNS if several or not c.startswith("recall")]
         for prefix, title in titles.items():
-            shown = {name: {c: m[f"{prefix}/{c}"] for c in COLUMNS if f"{prefix}/{c}" in m} for name, m in table.items()}
+            shown = {name: {c: m[f"{prefix}/{c}"] for c in columns if f"{prefix}/{c}" in m} for name, m in table.items()}
             say(f"\n{split}: {title}\n{report.table(shown)}")
     if clicks:
         fitted = labelled.baselines(prepared, split, say)

@@ -11,7 +11,7 @@ import numpy as np
 from rec_jax.data.impression_batches import blocks
 from rec_jax.data.impressions import Impressions
 from rec_jax.data.prepare import Prepared
-from rec_jax.eval import ctr_baselines, pointwise_metrics
+from rec_jax.eval import ctr_baselines, pointwise_metrics, slates
 from rec_jax.eval.encoder import Say
 from rec_jax.towers import batches, two_tower
 from rec_jax.types import Params
@@ -49,21 +49,31 @@ class Labelled:
     def measure(self, params: Params, table: np.ndarray | None, split: str) -> dict[str, float]:
         """Metrics of a part of the data, SPLIT/METRIC for the first task and SPLIT/TASK/METRIC for the others."""
         impressions = self._prepared.impressions(split)
-        return metrics_of(self.logits(params, table, impressions), impressions, split)
+        return metrics_of(self.logits(params, table, impressions), impressions, split, clock=self._prepared.meta["clock"])
 
 
-def metrics_of(logits: np.ndarray, impressions: Impressions, split: str) -> dict[str, float]:
-    """logits [E, L] -> metrics by name: those of clicks where a task's labels are 0 or 1, else errors of a regression."""
+def metrics_of(logits: np.ndarray, impressions: Impressions, split: str, *, clock: bool = False) -> dict[str, float]:
+    """logits [E, L] -> metrics by name: those of clicks where a task's labels are 0 or 1, else errors of a regression.
+
+    With a clock, what a user was shown at one time is a slate, and clicks are measured within slates as well, where there are any.
+    """
     out: dict[str, float] = {}
     for n, task in enumerate(impressions.tasks):
         labels, place = np.asarray(impressions.labels[:, n]), f"{split}/{task}" if n else split
         seen = labels[~np.isnan(labels)]
         if np.isin(seen, (0, 1)).all():
             found = pointwise_metrics.binary_metrics(logits[:, n], labels, users=np.asarray(impressions.user))
+            found |= _within_slates(logits[:, n], labels, impressions) if clock else {}
         else:
             found = {"rmse": pointwise_metrics.rmse(logits[:, n], labels), "mae": pointwise_metrics.mae(logits[:, n], labels)}
         out |= {f"{place}/{name}": value for name, value in found.items()}
     return out
+
+
+def _within_slates(scores: np.ndarray, labels: np.ndarray, impressions: Impressions) -> dict[str, float]:
+    """The metrics of slates; none where no slate has both a positive and a negative."""
+    found = slates.slate_metrics(scores, labels, slates.slates_of(np.asarray(impressions.user), np.asarray(impressions.time)))
+    return found if found["slates"] else {}
 
 
 def baselines(prepared: Prepared, split: str, say: Say) -> dict[str, dict[str, float]]:
@@ -75,7 +85,9 @@ def baselines(prepared: Prepared, split: str, say: Say) -> dict[str, dict[str, f
     out = {}
     for name, fit in BASELINES.items():
         model = fit(fields["train"], labels["train"], sizes, valid=(fields["valid"], labels["valid"]))
-        found = pointwise_metrics.binary_metrics(model.logits(fields[split]), labels[split], users=np.asarray(parts[split].user))
+        logits = model.logits(fields[split])
+        found = pointwise_metrics.binary_metrics(logits, labels[split], users=np.asarray(parts[split].user))
+        found |= _within_slates(logits, labels[split], parts[split]) if prepared.meta["clock"] else {}
         out[name] = {f"{split}/{metric}": value for metric, value in found.items()}
         say(f"  {name}: auc {found['auc']:.4f}")
     return out

@@ -184,7 +184,8 @@ class Model:
         if not most or len(whole.users) <= most:
             return whole
         chosen = np.sort(np.random.default_rng(self.config.seed).choice(len(whole.users), most, replace=False))
-        return EvalSet(whole.users[chosen], whole.history.take(chosen), whole.targets.take(chosen), whole.n_items)
+        removed = None if whole.removed is None else whole.removed.take(chosen)
+        return EvalSet(whole.users[chosen], whole.history.take(chosen), whole.targets.take(chosen), whole.n_items, removed)
 
 
 def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.ndarray, int]]:

@@ -129,7 +129,7 @@ def evaluate_scores(
 def blocks(eval_set: EvalSet, users_per_block: int, exclude: Ragged | None = None) -> Iterator[Block]:
     """The users of `eval_set`, users_per_block at a time; those of like history length together: little padding, few compilations."""
     history, targets = eval_set.history, eval_set.targets
-    removed = history if exclude is None else exclude
+    removed = _removed(eval_set, exclude)
     lengths, width = removed.lengths(), int(targets.lengths().max(initial=0))
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), users_per_block):
@@ -146,7 +146,7 @@ def _evaluate(
     users_per_block: int,
     exclude: Ragged | None,
 ) -> Rankings:
-    history, targets = eval_set.history if exclude is None else exclude, eval_set.targets
+    history, targets = _removed(eval_set, exclude), eval_set.targets
     n = len(eval_set.users)
     if not n or len(history) != n or len(targets) != n:
         raise RecJaxError(
@@ -161,6 +161,13 @@ def _evaluate(
         out = rank(block)
         ids[block.rows], ranks[block.rows], ranks_all[block.rows] = out.ids, out.ranks, out.ranks_all
     return of_ranks(ids, ranks, ranks_all, ks=ks, name=name, n_items=eval_set.n_items)
+
+
+def _removed(eval_set: EvalSet, exclude: Ragged | None) -> Ragged:
+    """The items that the ranking leaves out: as given, else as the set says, else those of the history."""
+    if exclude is not None:
+        return exclude
+    return eval_set.history if eval_set.removed is None else eval_set.removed
 
 
 def of_ranks(ids: np.ndarray, ranks: np.ndarray, ranks_all: np.ndarray, *, ks: Sequence[int], name: str, n_items: int) -> Rankings:

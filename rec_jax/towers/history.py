@@ -22,6 +22,7 @@ from rec_jax.towers.interests import Interests
 from rec_jax.types import Params, RecJaxError
 
 POSITIONS = ("learned", "rotary", "relative", "none")
+READOUTS = ("last", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class HistorySpec:
       causal: a place sees its past alone, and its vector is for the next item; False: all of its history, and the vector of a hidden place
         is for the item that is hidden there.
       interests: K, user vectors of a place.
+      readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
     """
 
     dim: int
@@ -61,12 +63,14 @@ class HistorySpec:
     session_gap: int = 0
     causal: bool = True
     interests: int = 1
+    readout: str = "last"
 
     def __post_init__(self) -> None:
         for key, names, known in (
             ("layer", (self.layer,), tuple(LAYERS)),
             ("positions", (self.positions,), POSITIONS),
             ("inputs", self.inputs, tuple(INPUTS)),
+            ("readout", (self.readout,), READOUTS),
         ):
             if not set(names) <= set(known):
                 raise RecJaxError(f"HistorySpec.{key}={vars(self)[key]!r} (config.towers.user.{key}): expected of {', '.join(known)}")
@@ -113,6 +117,9 @@ class _History(nn.Module):
         for n in range(s.layers):
             layer_keys = None if keys is None else fold(keys, n)
             x = LAYERS[s.layer](s, name=f"layer_{n}")(x, near if n < s.layers // 2 else mask, seen, layer_keys)
+        if s.readout == "mean":
+            share = mask.astype(x.dtype)
+            x = jnp.einsum("rst,rtd->rsd", share / share.sum(-1, keepdims=True), x)
         x = nn.RMSNorm(name="norm")(x)
         x = x if s.interests == 1 else Interests(s.interests, name="interests")(x, mask)
         return nn.Dense(s.dim, use_bias=False, name="project")(x)

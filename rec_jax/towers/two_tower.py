@@ -135,10 +135,10 @@ def make_spec(
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
     tower = None
     if u.kind == "history":
-        mask, forms = mask or not causal, {"causal": causal, "interests": u.interests}
         kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
-        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, mask, **kinds, **times, **forms)
+        forms = {"mask": mask or not causal, "causal": causal, "interests": u.interests, "readout": u.readout}
+        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, **kinds, **times, **forms)
     return TwoTowerSpec(
         dim=towers.dim,
         normalize=towers.normalize,

@@ -325,8 +325,9 @@ class _Run:
         if jax.process_index() != 0:
             return
         config, clock, workdir = self.config, self.clock, self.workdir
-        ease = "ease" in config.eval.baselines and self.prepared.n_items <= config.eval.ease_max_items
-        expected = 10 + plan.test_flops(self.prepared.n_items, ease=ease) / self.speed / plan.STEP_SHARE
+        smaller = min(self.prepared.n_items, self.prepared.n_users)
+        ease = "ease" in config.eval.baselines and smaller <= config.eval.ease_max_items
+        expected = 10 + plan.test_flops(smaller, ease=ease) / self.speed / plan.STEP_SHARE
         clock.part("test: the model and its baselines, every user against the whole catalogue", expected)
         final.run(workdir, say=clock.say)
         if config.stages:

@@ -8,7 +8,21 @@ from typing import Any
 from etils import epath
 
 from rec_jax.data import tables as tables_lib
-from rec_jax.data.readers import amazon, files, frappe, mind, movielens, open_bandit, recbole, sequences, table
+from rec_jax.data.readers import (
+    amazon,
+    files,
+    frappe,
+    goodbooks,
+    lastfm,
+    mind,
+    movielens,
+    msweb,
+    open_bandit,
+    recbole,
+    sequences,
+    steam,
+    table,
+)
 from rec_jax.data.tables import Report, Tables
 from rec_jax.types import RecJaxError
 
@@ -21,6 +35,10 @@ READERS: dict[str, Callable[[Any, Report], Tables]] = {
     "table": table.read,
     "frappe": frappe.read,
     "open_bandit": open_bandit.read,
+    "lastfm": lastfm.read,
+    "steam": steam.read,
+    "goodbooks": goodbooks.read,
+    "msweb": msweb.read,
 }
 
 # What each reader expects at config.data.path.
@@ -33,6 +51,10 @@ EXPECTS = {
     "table": "a Parquet file, a folder of them, or a .csv or .tsv file (.gz too)",
     "frappe": "a folder or .zip with frappe.csv and meta.csv",
     "open_bandit": "a folder POLICY/CAMPAIGN with CAMPAIGN.csv and item_context.csv (.gz too), or one with several of them below it",
+    "lastfm": "a folder or .zip with user_artists.dat and artists.dat",
+    "steam": "a folder or .zip with game_purchase.dat, game_play.dat and item_info.dat",
+    "goodbooks": "a folder or .zip with ratings.csv (or a part of it, ratings_NAME.csv) and books.csv",
+    "msweb": "the file anonymous-msweb.data (.gz too)",
 }
 
 

@@ -111,6 +111,20 @@ def folder(path: epath.Path) -> dict[str, File]:
     return out
 
 
+def folder_with(path: str, *names: str, key: str = "config.data.path") -> dict[str, File]:
+    """The files of the folder or .zip at a path of the config, by base name; `names` are among them.
+
+    Raises:
+      RecJaxError: one of them is not there.
+    """
+    where = resolve(path, key)
+    found = folder(where) if where.is_dir() or where.name.endswith(".zip") else {}
+    if not all(name in found for name in names):
+        expected = " and ".join((", ".join(names[:-1]), names[-1]))
+        raise RecJaxError(f"{key}={path!r}: expected a folder or .zip with {expected}; found {', '.join(sorted(found)) or 'nothing'}")
+    return found
+
+
 def single(path: str, key: str = "config.data.path") -> File:
     """The one file at a path of the config; of a .zip its only member.
 

@@ -13,7 +13,6 @@ from rec_jax.data import impressions
 from rec_jax.data.impressions import CONTEXT, LABEL, USED, ImpressionTable
 from rec_jax.data.readers import delimited, files
 from rec_jax.data.tables import Report, Tables, users_of
-from rec_jax.types import RecJaxError
 
 FIELDS = ("daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
 # Column of meta.csv -> of the items table.
@@ -29,11 +28,7 @@ def read(data: Any, report: Report) -> Tables:
     Raises:
       RecJaxError: a missing file; bad rows whose policy is "error".
     """
-    where = files.resolve(data.path)
-    found = files.folder(where) if where.is_dir() or where.name.endswith(".zip") else {}
-    if "frappe.csv" not in found or "meta.csv" not in found:
-        there = ", ".join(sorted(found)) or "nothing"
-        raise RecJaxError(f"config.data.path={data.path!r}: expected a folder or .zip with frappe.csv and meta.csv; found {there}")
+    found = files.folder_with(data.path, "frappe.csv", "meta.csv")
     columns = {"user": pl.Int32, "item": pl.Int32, "cnt": pl.Float32} | dict.fromkeys(FIELDS, pl.String)
     rows, place = delimited.read(found["frappe.csv"], columns, data.on_bad, report, separator="\t", optional=FIELDS)
     texts = {"item": pl.Int32} | dict.fromkeys(TEXTS, pl.String)

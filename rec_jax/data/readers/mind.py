@@ -12,7 +12,6 @@ from rec_jax.data import impressions
 from rec_jax.data.impressions import CONTEXT, LABEL, ImpressionTable
 from rec_jax.data.readers import delimited, files
 from rec_jax.data.tables import Report, Tables, bad_input, users_of
-from rec_jax.types import RecJaxError
 
 BEHAVIORS = ("impression", "user", "time", "history", "impressions")
 NEWS = ("item", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities")
@@ -30,11 +29,7 @@ def read(data: Any, report: Report) -> Tables:
     Raises:
       RecJaxError: a missing file; bad rows whose policy is "error".
     """
-    where = files.resolve(data.path)
-    found = files.folder(where) if where.is_dir() or where.name.endswith(".zip") else {}
-    if "behaviors.tsv" not in found or "news.tsv" not in found:
-        there = ", ".join(sorted(found)) or "nothing"
-        raise RecJaxError(f"config.data.path={data.path!r}: expected a folder or .zip with behaviors.tsv and news.tsv; found {there}")
+    found = files.folder_with(data.path, "behaviors.tsv", "news.tsv")
     file = found["behaviors.tsv"]
     columns = dict.fromkeys(BEHAVIORS[1:], pl.String)
     rows, place = delimited.read(file, columns, data.on_bad, report, separator="\t", names=BEHAVIORS, optional=("history", "impressions"))

@@ -52,7 +52,8 @@ def of_config(name: str, config: Any, prepared: Prepared) -> Scorer:
     """
     options: dict[str, Any] = {}
     if name == "ease":
-        options["max_items"] = config.eval.ease_max_items
+        e = config.eval
+        options = {"max_items": e.ease_max_items, "regularisation": e.ease_regularisation, "popularity_power": e.ease_popularity_power}
     if name == "recent_popularity" and prepared.meta["clock"]:
         source = prepared.source()
         records = (source[user] for user in range(prepared.n_users))

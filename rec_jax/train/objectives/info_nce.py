@@ -43,6 +43,7 @@ class InfoNCESpec:
     neighbours: int = 16
     neighbour_items: int = 2
     neighbour_decay: float = 0.5
+    places: int = 0
 
     def __post_init__(self) -> None:
         place = "info_nce"
@@ -54,6 +55,7 @@ class InfoNCESpec:
         base.check_range(f"{place}.positives", self.positives, least=1)
         base.check_range(f"{place}.queue", self.queue, least=0)
         base.check_range(f"{place}.uniform", self.uniform, least=0)
+        base.check_range(f"{place}.places", self.places, least=0)
         base.check_range(f"{place}.neighbour_share", self.neighbour_share, least=0, below=1)
         base.check_range(f"{place}.neighbours", self.neighbours, least=1)
         base.check_range(f"{place}.neighbour_items", self.neighbour_items, least=1)
@@ -77,6 +79,8 @@ class InfoNCESpec:
             raise RecJaxError(f"{place}.shard_catalogue=True needs candidates='catalogue'; candidates is {self.candidates!r}")
         if self.positives > 1 and self.symmetric:
             raise RecJaxError(f"{place}.symmetric=True needs positives=1: an item seeks one query of its own; positives={self.positives}")
+        if self.places and (self.candidates != "catalogue" or self.neighbour_share):
+            raise RecJaxError(f"{place}.places={self.places} goes with candidates='catalogue' and neighbour_share=0: set places to 0")
         if self.neighbour_share:
             self._check_neighbours(f"{place}.neighbour_share={self.neighbour_share}")
         if self.label_smoothing and (self.positives > 1 or self.form != "standard"):
@@ -117,6 +121,16 @@ def next_places(batch: Batch, positives: int) -> jax.Array:
     return jnp.stack(columns, axis=-1).reshape(shards, rows * length, positives)
 
 
+def drawn_places(key: jax.Array, weights: jax.Array, places: int) -> jax.Array:
+    """weights [G, Q] -> [G, min(places, Q)] int32, places of each shard drawn uniformly, without replacement, from those with a weight.
+
+    Where a shard has fewer, the others follow, whose weight is 0. The draw is the same on any number of devices.
+    """
+    there = jnp.asarray(weights) > 0
+    draw = jnp.where(there, jax.random.uniform(key, there.shape), -1.0)
+    return jax.lax.top_k(draw, min(places, there.shape[1]))[1].astype(jnp.int32)
+
+
 def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> tuple[jax.Array, dict[str, jax.Array]]:
     """InfoNCE of every query against the targets of the global batch and what joins them, or the whole catalogue -> (loss, metrics).
 
@@ -129,14 +143,19 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
     "Cross-Batch Memory for Embedding Learning" (2020), section 3; uniform negatives after Yang et al., "Mixed Negative Sampling" (2020);
     prefixes after Kusupati et al., "Matryoshka Representation Learning" (2022), section 3.
     """
-    tau, weights = temperature(context.scalars, spec), base.mean_weights(batch)
-    make = _catalogue if spec.candidates == "catalogue" else _batch
+    tau, weights, places = temperature(context.scalars, spec), base.mean_weights(batch), None
+    if spec.places:
+        places = drawn_places(context.rng, batch.weights, spec.places)
+        weights = base.flat(base.lookup(batch.weights, places))
+        weights = weights / jnp.maximum(weights.sum(), 1e-6)
+    catalogue = spec.candidates == "catalogue"
+    made = _catalogue(outputs, batch, context, spec, places) if catalogue else _batch(outputs, batch, context, spec)
     # A catalogue that every device holds whole needs no ring: queries are split over the devices, and gradients are summed.
     ring = spec.candidates == "batch" or spec.shard_catalogue
     mesh, axes = (context.mesh, context.axes) if ring else (None, None)
     losses = []
     for width in (*spec.matryoshka, None):
-        problems = [_cut(problem, width, context.normalize) for problem in make(outputs, batch, context, spec)]
+        problems = [_cut(problem, width, context.normalize) for problem in made]
         parts = [weighted_info_nce(**p, temperature=tau, weights=weights, mesh=mesh, axis=axes) for p in problems]
         losses.append(sum(parts[1:], parts[0]) / len(parts))
         if spec.neighbour_share:
@@ -145,20 +164,21 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
     return loss, {"info_nce": loss, "temperature": jnp.asarray(tau)}
 
 
-def _catalogue(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> list[dict[str, Any]]:
-    """Every item of the catalogue is a candidate."""
-    ids, items = base.flat(base.target_ids(batch)), outputs.catalogue
+def _catalogue(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec, places: jax.Array | None) -> list[dict[str, Any]]:
+    """Every item of the catalogue is a candidate, of the queries at `places` [G, P], or of all."""
+    taken = lambda x: base.flat(x if places is None else base.lookup(x, places))
+    ids, items = taken(base.target_ids(batch)), outputs.catalogue
     options: dict[str, Any] = {"target": ids, "label_smoothing": spec.label_smoothing}
     if spec.positives > 1:
-        places = next_places(batch, spec.positives)
-        ids = base.flat(jnp.where(places >= 0, base.lookup(base.target_ids(batch), places), -1))
+        following = next_places(batch, spec.positives)
+        ids = taken(jnp.where(following >= 0, base.lookup(base.target_ids(batch), following), -1))
         options = {"target": ids, "positive": jnp.take(items, jnp.maximum(ids, 0), axis=0)}
     if context.mesh is not None and spec.shard_catalogue:
         # The devices hold equal shares of the candidates.
         left = -len(items) % math.prod(context.mesh.shape[a] for a in context.axes or ())
         options["item_mask"] = jnp.arange(len(items) + left) < len(items)
         items = jnp.pad(items, ((0, left), (0, 0)))
-    return [{"query": base.flat(outputs.user), "item": items, **_forms(spec), **options}]
+    return [{"query": taken(outputs.user), "item": items, **_forms(spec), **options}]
 
 
 def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec: InfoNCESpec, weights: jax.Array) -> jax.Array:

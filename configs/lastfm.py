@@ -1,0 +1,27 @@
+"""Music (Last.fm HetRec 2011): who listened to which artist; a history is a set.
+
+    python -m rec_jax.train --config=configs/lastfm.py --config.data.path=DIR --workdir=runs/lastfm
+
+DIR holds user_artists.dat and artists.dat (Cantador et al., 2011; for non-commercial use). The protocol is that of RecBole-GNN's table:
+nothing filtered, 8:1:1 at random by user, users known by their train events, every artist ranked, those of the history removed.
+"""
+
+from rec_jax import recipes
+from rec_jax.defaults import defaults
+
+PRESETS = ("", "smoke")
+
+
+def get_config(arg=None):
+    """`smoke`: a few steps, to see that the files are read as they should be."""
+    c = defaults()
+    recipes.sets(c)
+    c.data.reader = "lastfm"
+    c.data.filter.min_user_events = 1
+    c.data.split.history = "train"
+    c.towers.item.text = False
+    c.train.duration = "45 epochs"
+    c.eval.ease_popularity_power, c.eval.ease_regularisation = 0.2, 50.0
+    if arg == "smoke":
+        recipes.smoke_of_sets(c)
+    return c

@@ -1,0 +1,27 @@
+"""Games (Steam): who played which game for an hour or more; a history is a set.
+
+    python -m rec_jax.train --config=configs/steam.py --config.data.path=DIR --workdir=runs/steam
+
+DIR holds game_purchase.dat, game_play.dat and item_info.dat (Kaggle "Steam Video Games" as CaseRecommender keeps it). An event's rating is
+the hours played; of what was bought, games of at least an hour count. 8:1:1 at random by user, users known by their train events.
+"""
+
+from rec_jax import recipes
+from rec_jax.defaults import defaults
+
+PRESETS = ("", "smoke")
+
+
+def get_config(arg=None):
+    """`smoke`: a few steps, to see that the files are read as they should be."""
+    c = defaults()
+    recipes.sets(c)
+    c.data.reader = "steam"
+    c.data.filter.min_rating = 1.0
+    c.data.filter.min_user_events = 3
+    c.data.split.history = "train"
+    c.towers.item.text = False
+    c.train.duration = "20 epochs"
+    if arg == "smoke":
+        recipes.smoke_of_sets(c)
+    return c
