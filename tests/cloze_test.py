@@ -115,7 +115,7 @@ def test_times_predicted_are_those_of_the_windows(share):
     start = np.cumsum(lengths) - lengths
     histories = tiny.World().train_histories()
     for position in range(epochs * count):
-        user, items = batches.example(position)
+        user, items = batches.example(position)[:2]
         own = histories[user]
         (at,) = (n for n in range(len(own) - len(items) + 1) if (own[n : n + len(items)] == items).all())
         times[start[user] + at + np.flatnonzero(batches.spec.cloze.draw(len(items), batches.seed, position))] += 1
