@@ -149,10 +149,11 @@ def check(config: ConfigDict) -> None:
         steps(get(config, key), f"config.{key}", steps_per_epoch=1, examples_per_step=1, total=1)
     if str(config.train.duration).strip().endswith("percent"):
         raise RecJaxError(f"config.train.duration={config.train.duration!r}: expected steps, epochs or examples, e.g. '30 epochs'")
-    if config.train.duration == AUTO and config.batch.kind != "histories":
+    if config.train.duration == AUTO and (config.batch.kind != "histories" or config.batch.cloze):
+        other = f"batch.kind is {config.batch.kind!r}" if config.batch.kind != "histories" else f"batch.cloze is {config.batch.cloze}"
         raise RecJaxError(
-            f"config.train.duration='{AUTO}' counts the targets of histories; config.batch.kind is {config.batch.kind!r}: "
-            "give steps, epochs or examples, e.g. '3 epochs'"
+            f"config.train.duration='{AUTO}' counts the next items of histories; config.{other}: give steps, epochs or examples, "
+            "e.g. '3 epochs'"
         )
     start = config.start
     if not 0 <= start.replay <= 1:

@@ -307,11 +307,15 @@ def test_model_folder_says_what_was_tried(path, message):
         config_lib.model_folder(path)
 
 
-def test_only_histories_have_targets_to_count():
+def test_only_histories_have_next_items_to_count():
     config = config_lib.defaults()
     config.train.duration = "auto"
     config_lib.check(config)
+    config.batch.cloze = 0.2
+    with pytest.raises(RecJaxError, match=r"config.train.duration='auto' counts the next items of histories; config.batch.cloze is 0.2"):
+        config_lib.check(config)
+    config.batch.cloze = 0.0
     config.batch.kind, config.objectives.info_nce.weight, config.objectives.mlm.weight = "texts", 0.0, 1.0
     config.towers.text.source = "tokens"
-    with pytest.raises(RecJaxError, match=r"config.train.duration='auto' counts the targets of histories; config.batch.kind is 'texts'"):
+    with pytest.raises(RecJaxError, match=r"config.train.duration='auto' counts the next items of histories; config.batch.kind is 'texts'"):
         config_lib.check(config)
