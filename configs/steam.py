@@ -4,6 +4,7 @@
 
 DIR holds game_purchase.dat, game_play.dat and item_info.dat (Kaggle "Steam Video Games" as CaseRecommender keeps it). An event's rating is
 the hours played; of what was bought, games of at least an hour count. 8:1:1 at random by user, users known by their train events.
+In 63 larger steps than these validation NDCG@10 came to .198 and was still rising; the test is not measured.
 """
 
 from rec_jax import recipes
@@ -20,6 +21,8 @@ def get_config(arg=None):
     c.data.filter.min_rating = 1.0
     c.data.filter.min_user_events = 3
     c.data.split.history = "train"
+    c.batch.history_rows = 16
+    c.objectives.info_nce.places = 16
     c.towers.item.text = False
     c.train.duration = "20 epochs"
     if arg == "smoke":
