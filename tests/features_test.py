@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rec_jax import config as config_lib
-from rec_jax.data import describe, feature_codes, features, prepare
+from rec_jax.data import describe, feature_codes, features, identity, prepare
 from rec_jax.types import RecJaxError
 
 ITEMS = """item_id\ttitle\tbrand\ttags\tprice
@@ -136,7 +136,7 @@ def test_another_file_or_feature_is_another_folder_and_none_is_the_old_one(tmp_p
     vectors_of(tmp_path, seed=1)
     marks.append(prepare.fingerprint_of(c))
     assert len(set(marks)) == 4
-    settings = prepare._settings(config_of(tmp_path, categorical=(), multi_hot=(), numeric=()))
+    settings = identity.settings_of(config_of(tmp_path, categorical=(), multi_hot=(), numeric=()))
     assert "features" not in settings
     assert "missing_feature" not in settings["on_bad"]
 

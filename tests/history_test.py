@@ -143,7 +143,7 @@ def test_a_layer_is_what_a_loop_makes(layer, positions):
         distances=places.distance_rows(23, spec.max_positions) if positions == "relative" else None,
         times=places.time_difference_rows(jnp.asarray(known["times"])),
     )
-    mask = history.causal_mask(jnp.ones((1, 23), jnp.int32))
+    mask = history.places_seen(jnp.ones((1, 23), jnp.int32), causal=True)
     module = history_layers.LAYERS[layer](spec)
     got = jax.jit(lambda p, x: module.apply({"params": p}, x, mask, seen, None))(params_of(spec)["layer_0"], known["vectors"])[0]
 

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from rec_jax import config as config_lib
-from rec_jax.data import describe, prepare, readers, tables
+from rec_jax.data import describe, identity, prepare, readers, tables
 from rec_jax.data import impressions as impressions_lib
 from rec_jax.types import RecJaxError
 
@@ -212,11 +212,11 @@ class TestWithoutImpressions:
         """The settings that the fingerprint is made of are those of that time."""
         config.data.impressions.split, config.data.columns.propensity = "", ""
         config.data.columns.context, config.data.columns.labels = (), ()
-        settings = prepare._settings(config)
+        settings = identity.settings_of(config)
         assert sorted(settings) == ["columns", "filter", "on_bad", "reader", "split", "text"]
         assert settings["columns"] == {"user": "who", "item": "what", "time": "when", "rating": ""}
         config.data.impressions.negatives = 9
-        assert prepare._settings(config) == settings
+        assert identity.settings_of(config) == settings
         prepared = prepare.prepare(config)
         assert "impressions" not in prepared.meta
         assert not (prepared.local / "impressions").exists()
@@ -225,12 +225,12 @@ class TestWithoutImpressions:
             prepared.impressions("train")
 
     def test_settings_that_matter(self, config):
-        folders = {prepare._identify(config)[0]}
+        folders = {identity.identify(config)[0]}
         for key, value in (("negatives", 3), ("split", "random")):
             config.data.impressions[key] = value
-            folders.add(prepare._identify(config)[0])
+            folders.add(identity.identify(config)[0])
         config.seed = 4
-        folders.add(prepare._identify(config)[0])
+        folders.add(identity.identify(config)[0])
         assert len(folders) == 4
 
 

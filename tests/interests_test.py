@@ -32,7 +32,7 @@ IDS = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]])
 
 def test_interests_are_those_of_a_slow_loop():
     x = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
-    mask = np.asarray(history.causal_mask(jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]])))
+    mask = np.asarray(history.places_seen(jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]]), causal=True))
     module = interests.Interests(3)
     params = module.init(jax.random.key(0), x, mask)["params"]
     assert jax.tree.map(jnp.shape, params) == {"hidden": {"kernel": (4, 16)}, "interest": {"kernel": (16, 3)}}

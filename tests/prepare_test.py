@@ -20,7 +20,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rec_jax import config as config_lib
-from rec_jax.data import folders, prepare, readers, records
+from rec_jax.data import folders, identity, prepare, readers, records
 from rec_jax.data.tables import code
 from rec_jax.types import RecJaxError
 
@@ -101,29 +101,29 @@ class TestOnce:
         ],
     )
     def test_a_setting_that_matters_gives_another_folder(self, config, key, value):
-        before = prepare._identify(config)[0]
+        before = identity.identify(config)[0]
         group, name = key.rsplit(".", 1)
         config_lib.get(config, group)[name] = value
-        assert prepare._identify(config)[0] != before
+        assert identity.identify(config)[0] != before
 
     def test_content_gives_another_folder(self, config):
-        before = prepare._identify(config)[0]
+        before = identity.identify(config)[0]
         with open(config.data.path, "a") as f:
             f.write("u0,i3,9500,4.0\n")
-        assert prepare._identify(config)[0] != before
+        assert identity.identify(config)[0] != before
 
     def test_what_does_not_matter_does_not(self, config, tmp_path):
-        before = prepare._identify(config)[0]
+        before = identity.identify(config)[0]
         shutil.copytree(tmp_path / "in", tmp_path / "moved")
         config.data.path, config.data.items = str(tmp_path / "moved" / "events.csv"), str(tmp_path / "moved" / "items.tsv")
         config.data.text.max_tokens, config.data.text.tokenizer, config.seed, config.train.duration = 9, "elsewhere", 7, "1 steps"
-        assert prepare._identify(config)[0] == before
+        assert identity.identify(config)[0] == before
 
     def test_seed_matters_where_the_split_is_drawn(self, config):
         config.data.split.kind = "cold_item"
-        before = prepare._identify(config)[0]
+        before = identity.identify(config)[0]
         config.seed = 1
-        assert prepare._identify(config)[0] != before
+        assert identity.identify(config)[0] != before
 
     def test_meta_is_the_same_when_made_again(self, config):
         first = prepare.prepare(config)
@@ -164,7 +164,7 @@ class TestWholeOrNotAtAll:
         assert [p.name for p in (tmp_path / "cache").iterdir()] == [prepared.folder.name]
 
     def test_leftover_of_a_living_process_stays(self, config):
-        folder = Path(prepare._identify(config)[0])
+        folder = Path(identity.identify(config)[0])
         living = folder.parent / f"{folder.name}.tmp-{folders.socket.gethostname()}-{os.getppid()}-0a1b2c3d"
         living.mkdir(parents=True)
         prepare.prepare(config)
@@ -179,7 +179,7 @@ class TestWholeOrNotAtAll:
         assert "is incomplete: replaced" in capsys.readouterr().err
 
     def test_the_faster_of_two_stays(self, config):
-        folder = prepare._identify(config)[0]
+        folder = identity.identify(config)[0]
         with folders.new(folder, "meta.json") as slow:
             prepared = prepare.prepare(config)
             (slow / "meta.json").write_text("{}")

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -28,25 +26,19 @@ import numpy as np
 import polars as pl
 from etils import epath
 
-from rec_jax.config import cache_dir
 from rec_jax.config_features import has_features
 from rec_jax.config_places import columns_of
 from rec_jax.data import features as features_lib
-from rec_jax.data import folders, places, readers, records, text, vectors
+from rec_jax.data import folders, places, readers, records, text
 from rec_jax.data import impressions as impressions_lib
+from rec_jax.data.identity import FORMAT, identify, settings_of
 from rec_jax.data.impressions import Impressions
 from rec_jax.data.tables import TEXT_COLUMNS, Coded, Report, Tables, code
 from rec_jax.processes import place_of
 from rec_jax.types import EvalSet, Ragged, RecJaxError
 
-FORMAT = 1  # of the prepared folder; raise it when what is written changes
 META = "meta.json"
 SPLITS = {"train": 0, "valid": 1, "test": 2}
-# Settings of config.data that change nothing in the folder; files count by name and content.
-NO_PART = ("cache", "path", "items", "negatives", "corpus")
-NO_PART_TEXT = ("max_tokens", "tokenizer")
-NO_PART_FEATURES = ("missing_feature", "bad_feature")  # of config.data.on_bad, where no feature is named
-NO_PART_EMPTY = ("context", "labels", "propensity")  # of config.data.columns
 _found: set[str] = set()  # folders that were said to be there: once each
 WAIT_SECONDS = 2 * 3600.0  # that other processes wait for the one that prepares
 ROW = "row of the items table"  # a column, until the catalogue is coded
@@ -61,7 +53,7 @@ def prepare(config: Any) -> Prepared:
     Raises:
       RecJaxError: bad input or settings; another process did not finish in time; times are asked for that the input does not have.
     """
-    folder, fingerprint, inputs = _identify(config)
+    folder, fingerprint, inputs = identify(config)
     process, processes = _process()
     if (folder / META).exists():
         if process == 0 and str(folder) not in _found:
@@ -78,7 +70,7 @@ def prepare(config: Any) -> Prepared:
 
 def fingerprint_of(config: Any) -> str:
     """What `prepare` knows the input and settings of `config.data` by."""
-    return _identify(config)[1]
+    return identify(config)[1]
 
 
 def open_prepared(folder: epath.PathLike) -> Prepared:
@@ -242,60 +234,13 @@ def _counted(mask: np.ndarray) -> np.ndarray:
     return out
 
 
-# -- identity --
-
-
-def _identify(config: Any) -> tuple[epath.Path, str, list[dict[str, Any]]]:
-    """Config -> (prepared folder, fingerprint, input files)."""
-    given = [file.path for file in vectors.sources(config.data.features.vectors).values()]
-    inputs = [_input(path) for path in (*readers.inputs(config.data), *given)]
-    settings = _settings(config)
-    whole = {"format": FORMAT, "inputs": inputs, "settings": settings}
-    fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-    name = re.sub(r"[^\w.-]+", "_", config.data.path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]).strip(".") or "data"
-    return cache_dir(config) / f"{name}-{fingerprint[:12]}", fingerprint, inputs
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """The settings that the prepared folder depends on."""
-    settings = json.loads(config.data.to_json())
-    for key in NO_PART:
-        settings.pop(key)
-    for key in NO_PART_TEXT:
-        settings["text"].pop(key)
-    # What was prepared before there were these settings stays what it is.
-    settings["columns"] = {role: name for role, name in settings["columns"].items() if name or role not in NO_PART_EMPTY}
-    if has_features(config):
-        settings["features"]["vectors"] = sorted(vectors.sources(config.data.features.vectors))
-    else:
-        settings.pop("features")
-        for key in NO_PART_FEATURES:
-            settings["on_bad"].pop(key)
-    if not settings["impressions"]["split"]:
-        settings.pop("impressions")
-    if settings["split"]["history"] == "earlier":
-        settings["split"].pop("history")
-    if settings["split"]["kind"] in ("cold_item", "random") or "impressions" in settings:
-        settings["seed"] = config.seed
-    return settings
-
-
-def _input(path: epath.Path) -> dict[str, Any]:
-    """Name, size and content of an input file; of a remote one the time of its last change stands for the content."""
-    stat = path.stat()
-    if not folders.is_local(path):
-        return {"name": path.name, "size": stat.length, "changed": stat.mtime}
-    with open(path, "rb") as f:
-        return {"name": path.name, "size": stat.length, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
-
-
 # -- writing --
 
 
 def _make(config: Any, folder: epath.Path, fingerprint: str, inputs: list[dict[str, Any]]) -> None:
     begin = time.monotonic()
     with folders.new(folder, META) as unfinished:
-        meta = {"format": FORMAT, "fingerprint": fingerprint, "settings": _settings(config), "inputs": inputs}
+        meta = {"format": FORMAT, "fingerprint": fingerprint, "settings": settings_of(config), "inputs": inputs}
         meta |= _write(config, unfinished)
         (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
     _say(f"prepared in {time.monotonic() - begin:.0f} s: {folder}")

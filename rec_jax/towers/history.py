@@ -7,81 +7,20 @@ sees all of its segment, Sun et al., "BERT4Rec" (2019), section 3. Other layers 
 
 from __future__ import annotations
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rec_jax.config_places import INPUTS, columns_read
 from rec_jax.towers import places as places_lib
 from rec_jax.towers.bert import segment_positions
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.history_layers import LAYERS
+from rec_jax.towers.history_spec import HistorySpec as HistorySpec
 from rec_jax.towers.interests import Interests
 from rec_jax.types import Params, RecJaxError
 
-POSITIONS = ("learned", "rotary", "relative", "none")
-READOUTS = ("last", "mean")
 
-
-@dataclasses.dataclass(frozen=True)
-class HistorySpec:
-    """Sizes and kinds of a history tower.
-
-    Attributes:
-      dim: D.
-      layers, heads: how many.
-      mlp: inner width of attention layers' MLPs.
-      dropout: rate.
-      max_positions: the longest history with learned positions; with relative ones, the distance from which on all are alike.
-      mask: a learned vector for hidden items.
-      layer: of `history_layers.LAYERS`.
-      positions: of POSITIONS.
-      inputs: what a place knows beside its item, of `config_places.INPUTS`.
-      ratings: lower ends of the ranges that ratings are told apart by, with the input "rating".
-      time_bias: scores have a bias by the time between two places.
-      session_gap: seconds from which on a pause begins a session, which is all that the first half of the layers sees; 0 = off.
-      causal: a place sees its past alone, and its vector is for the next item; False: all of its history, and the vector of a hidden place
-        is for the item that is hidden there.
-      interests: K, user vectors of a place.
-      readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
-    """
-
-    dim: int
-    layers: int
-    heads: int
-    mlp: int
-    dropout: float
-    max_positions: int
-    mask: bool = False
-    layer: str = "attention"
-    positions: str = "learned"
-    inputs: tuple[str, ...] = ()
-    ratings: tuple[float, ...] = ()
-    time_bias: bool = False
-    session_gap: int = 0
-    causal: bool = True
-    interests: int = 1
-    readout: str = "last"
-
-    def __post_init__(self) -> None:
-        for key, names, known in (
-            ("layer", (self.layer,), tuple(LAYERS)),
-            ("positions", (self.positions,), POSITIONS),
-            ("inputs", self.inputs, tuple(INPUTS)),
-            ("readout", (self.readout,), READOUTS),
-        ):
-            if not set(names) <= set(known):
-                raise RecJaxError(f"HistorySpec.{key}={vars(self)[key]!r} (config.towers.user.{key}): expected of {', '.join(known)}")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What it reads of events: some of "times" and "ratings"."""
-        return columns_read(self.inputs, self.time_bias, self.session_gap)
-
-
-def causal_mask(segment_ids: jax.Array, causal: bool = True) -> jax.Array:
+def places_seen(segment_ids: jax.Array, *, causal: bool) -> jax.Array:
     """segment_ids [R, S] -> mask [R, S, S], True where a place (row) may see another (column): same segment and, if `causal`, not later."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     if not causal:
@@ -107,7 +46,7 @@ class _History(nn.Module):
         if "rating" in s.inputs:
             x = x + table("rating", 1 + len(s.ratings))(places_lib.rating_rows(ratings, s.ratings))
         x = x if keys is None else dropout(x, fold(keys, "in"), s.dropout)
-        mask = causal_mask(segment_ids, s.causal)
+        mask = places_seen(segment_ids, causal=s.causal)
         near = mask & places_lib.same_session(times, segment_ids, s.session_gap) if s.session_gap else mask
         seen = places_lib.Places(
             positions=positions if s.positions == "rotary" else None,

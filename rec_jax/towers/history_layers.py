@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -12,10 +11,8 @@ import jax.numpy as jnp
 from rec_jax.mesh import over_batch
 from rec_jax.towers import places as places_lib
 from rec_jax.towers.dropout import dropout, fold
+from rec_jax.towers.history_spec import HistorySpec
 from rec_jax.towers.places import Places
-
-if TYPE_CHECKING:
-    from rec_jax.towers.history import HistorySpec
 
 
 def _drop(x: jax.Array, keys: jax.Array | None, name: str, rate: float) -> jax.Array:

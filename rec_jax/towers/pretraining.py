@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rec_jax.mesh import over_batch
 from rec_jax.towers.bert import ACTIVATIONS, DTYPES, Attention, BertSpec, Dense, Embeddings, LayerNorm, Mlp, drop, segment_positions
 from rec_jax.towers.dropout import fold
-from rec_jax.towers.history import causal_mask
+from rec_jax.towers.history import places_seen
 from rec_jax.types import Array, Params, RecJaxError
 
 
@@ -142,7 +142,7 @@ def decode(
     told = jnp.where(positions == 0, spec.pad_id, jnp.roll(tokens, 1, axis=1))
     x: Any = Embeddings(spec).apply({"params": text_params["embeddings"]}, told, positions, keys)
     member = segment_ids[:, :, None] == jnp.arange(1, pooled.shape[1] + 1, dtype=segment_ids.dtype)
-    visible = causal_mask(segment_ids)
+    visible = places_seen(segment_ids, causal=True)
     for i in range(sum(name.startswith("layer_") for name in decoder)):
         layer_keys = None if keys is None else fold(keys, i)
         x = _DecoderLayer(spec).apply({"params": decoder[f"layer_{i}"]}, over_batch(x), visible, pooled, member, layer_keys)

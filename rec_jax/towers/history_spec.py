@@ -1,0 +1,68 @@
+"""Sizes and kinds of a history tower."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rec_jax.config_places import INPUTS, columns_read
+from rec_jax.types import RecJaxError
+
+LAYERS = ("attention", "hstu")  # `history_layers`
+POSITIONS = ("learned", "rotary", "relative", "none")
+READOUTS = ("last", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class HistorySpec:
+    """Sizes and kinds of a history tower.
+
+    Attributes:
+      dim: D.
+      layers, heads: how many.
+      mlp: inner width of attention layers' MLPs.
+      dropout: rate.
+      max_positions: the longest history with learned positions; with relative ones, the distance from which on all are alike.
+      mask: a learned vector for hidden items.
+      layer: of LAYERS.
+      positions: of POSITIONS.
+      inputs: what a place knows beside its item, of `config_places.INPUTS`.
+      ratings: lower ends of the ranges that ratings are told apart by, with the input "rating".
+      time_bias: scores have a bias by the time between two places.
+      session_gap: seconds from which on a pause begins a session, which is all that the first half of the layers sees; 0 = off.
+      causal: a place sees its past alone, and its vector is for the next item; False: all of its history, and the vector of a hidden place
+        is for the item that is hidden there.
+      interests: K, user vectors of a place.
+      readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
+    """
+
+    dim: int
+    layers: int
+    heads: int
+    mlp: int
+    dropout: float
+    max_positions: int
+    mask: bool = False
+    layer: str = "attention"
+    positions: str = "learned"
+    inputs: tuple[str, ...] = ()
+    ratings: tuple[float, ...] = ()
+    time_bias: bool = False
+    session_gap: int = 0
+    causal: bool = True
+    interests: int = 1
+    readout: str = "last"
+
+    def __post_init__(self) -> None:
+        for key, names, known in (
+            ("layer", (self.layer,), LAYERS),
+            ("positions", (self.positions,), POSITIONS),
+            ("inputs", self.inputs, tuple(INPUTS)),
+            ("readout", (self.readout,), READOUTS),
+        ):
+            if not set(names) <= set(known):
+                raise RecJaxError(f"HistorySpec.{key}={vars(self)[key]!r} (config.towers.user.{key}): expected of {', '.join(known)}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it reads of events: some of "times" and "ratings"."""
+        return columns_read(self.inputs, self.time_bias, self.session_gap)
