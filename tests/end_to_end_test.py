@@ -66,8 +66,8 @@ def workdir(data, tmp_path_factory):
 def test_the_workdir_has_everything(workdir):
     figures = json.loads((workdir / "eval" / "test.json").read_text())
     assert {"test/ndcg@10", "test_all/hr@10", "popularity/ndcg@10", "sequence_knn/hr@10"} <= set(figures)
-    assert figures.pop("test_cold/users") > 0
-    assert all(0 <= v <= 1 for v in figures.values())
+    assert figures["test_cold/users"] > 0
+    assert all(0 <= v <= 1 for name, v in figures.items() if not name.endswith("cold/users"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines if "train/loss" in row] == list(range(1, 13))
     assert [row["step"] for row in lines if "valid/ndcg@10" in row] == [3, 6, 9, 12]

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_jax.towers import history, history_layers, places
+from rec_jax.towers import history, history_layers, history_spec, places
 from rec_jax.types import RecJaxError
 
 OFF = history.HistorySpec(dim=8, layers=2, heads=2, mlp=16, dropout=0.5, max_positions=32)
 ON = dataclasses.replace(OFF, inputs=("gap", "rating"), ratings=(1.0, 2.0, 3.0, 4.0), time_bias=True, session_gap=60)
-KINDS = list(itertools.product(history_layers.LAYERS, history.POSITIONS))
+KINDS = list(itertools.product(history_layers.LAYERS, history_spec.POSITIONS))
 encode, fresh = jax.jit(history.encode, static_argnames="spec"), jax.jit(history.init, static_argnames="spec")  # op by op is slow
 
 
