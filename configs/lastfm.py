@@ -24,6 +24,7 @@ def get_config(arg=None):
     c.data.split.history = "train"
     c.towers.item.text = False
     c.train.duration = "45 epochs"
+    c.train.eval_every = c.train.checkpoint_every = "20 percent"
     c.eval.ease_popularity_power, c.eval.ease_regularisation = 0.2, 50.0
     if arg == "smoke":
         recipes.smoke_of_sets(c)
