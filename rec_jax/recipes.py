@@ -16,7 +16,7 @@ def sequences(c: ConfigDict) -> None:
     histories by heart (twelve: .052). What helps against that: neighbours as targets too (.0565 to .0572) and events left out (.0563
     alone), which together bring more than each (.0599 to .0607). The slower second moment came with other changes; what it adds alone
     is not measured. On MovieLens-1M, where each item is predicted 27 times as often, both means hold a tower back: with a fifth of them
-    validation was 6% better half way through 18 epochs (`train.adapt`).
+    validation was 6% better after as many steps (`train.adapt`).
     """
     c.data.reader = "sequences"
     c.data.on_bad.empty_text = "keep"
