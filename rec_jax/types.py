@@ -48,12 +48,22 @@ class Ragged:
 
     def take(self, rows: np.ndarray, *, without_last: int = 0) -> Ragged:
         """Some rows, in the order given, with their columns; of each the last `without_last` elements are left out."""
-        starts = self.offsets[rows]
-        lengths = np.maximum(self.offsets[np.asarray(rows) + 1] - without_last - starts, 0)
+        lengths = np.maximum(self.offsets[np.asarray(rows) + 1] - without_last - self.offsets[rows], 0)
+        return self.pieces(rows, 0, lengths)
+
+    def pieces(self, rows: np.ndarray, start: np.ndarray | int, stop: np.ndarray) -> Ragged:
+        """Of each of some rows [n] the elements [start, stop), places within the row, with their columns."""
+        starts, lengths = self.offsets[rows] + start, stop - start
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return Ragged(self.flat[places], offsets, {name: column[places] for name, column in self.columns.items()})
+
+    def where(self, mask: np.ndarray) -> Ragged:
+        """The elements of a mask [len(flat)] alone, in as many rows, with their columns; flat must begin with the first row."""
+        before = np.zeros(len(mask) + 1, np.int64)
+        np.cumsum(mask, out=before[1:])
+        return Ragged(self.flat[mask], before[self.offsets], {name: column[mask] for name, column in self.columns.items()})
 
     @classmethod
     def from_rows(cls, rows: list[Any], dtype: Any = np.int32) -> Ragged:

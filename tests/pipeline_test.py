@@ -3,10 +3,11 @@ import collections
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 
 from rec_jax.data import draft, pipeline, windows
-from rec_jax.data.augment import kept_events
+from rec_jax.data.augment import kept_events, uniform_by_place
 from rec_jax.types import Ragged, RecJaxError
 
 KINDS = [("history", "frozen"), ("history", "tokens"), ("text", "tokens")]
@@ -127,8 +128,31 @@ def test_events_are_left_out_anew_each_epoch_and_by_the_position_alone():
     assert np.mean([len(found) for found in by_user.values()]) > 4, "other ones each epoch"
     again = make(**{"batch.drop_events": 0.3})
     np.testing.assert_array_equal(again.example(7)[1], parts.example(7)[1])
-    rng = np.random.default_rng(0)
-    assert all(kept_events(1, rng, 0.9).sum() == 1 and kept_events(2, rng, 0.9).sum() == 2 for _ in range(20))
+
+
+def test_of_a_window_of_which_fewer_than_two_events_would_stay_all_do():
+    kept = kept_events(np.asarray([0.1, 0.1, 0.95, 0.1, 0.95, 0.95]), np.asarray([1, 2, 3]), 0.9)
+    assert kept.tolist() == [True, True, True, False, True, True]
+
+
+def test_draws_by_place_are_uniform_and_go_by_seed_position_place_and_stream():
+    lengths, positions = np.asarray([3, 0, 2]), np.asarray([7, 8, 9])
+    draws = uniform_by_place(5, positions, lengths, 0)
+    np.testing.assert_array_equal(draws[3:], uniform_by_place(5, positions[2:], lengths[2:], 0))
+    for seed, moved, stream in ((6, 0, 0), (5, 1, 0), (5, 0, 1)):
+        assert (uniform_by_place(seed, positions + moved, lengths, stream) != draws).all()
+    many = uniform_by_place(0, np.arange(1000), np.full(1000, 100), 0)
+    assert scipy.stats.kstest(many, "uniform").pvalue > 0.01
+    square = many.reshape(1000, 100)
+    between = [np.corrcoef(square[:-1].ravel(), square[1:].ravel())[0, 1], np.corrcoef(square[:, :-1].ravel(), square[:, 1:].ravel())[0, 1]]
+    assert np.abs(between).max() < 0.02
+
+
+def test_windows_read_from_records_on_disk_are_those_in_memory():
+    world, c = tiny.World(), tiny.config(**{"batch.drop_events": 0.3})
+    spec, lengths = pipeline.BatchSpec.from_config(c), world.train_lengths()
+    memory, disk = (iter(pipeline.Batches(x, lengths, spec, seed=3)) for x in (world.train_histories(), world.source()))
+    assert all(same(next(memory), next(disk)) for _ in range(5))
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.3])

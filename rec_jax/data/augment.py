@@ -229,10 +229,43 @@ def reorder_items(items: np.ndarray, rng: np.random.Generator, rate: float) -> n
     return out
 
 
-def kept_events(count: int, rng: np.random.Generator, rate: float) -> np.ndarray:
-    """Events of a window -> which stay [count] bool: each goes with probability `rate`; where fewer than two would stay, none goes."""
-    kept = rng.random(count) >= rate
-    return kept if kept.sum() >= min(2, count) else np.ones(count, bool)
+def uniform_by_place(seed: int, positions: np.ndarray, lengths: np.ndarray, stream: int) -> np.ndarray:
+    """Uniform draws of the events of examples: a function of the example's position, the event's place, seed and stream alone.
+
+    Args:
+      seed: of the run.
+      positions: of the examples in their order [n].
+      lengths: events of each [n].
+      stream: sets draws for one purpose apart from those for another.
+
+    Returns:
+      [sum of lengths] float64 in [0, 1), example by example.
+
+    Reference: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014), section 4, whose mixing function this is.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+
+    def mixed(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    run = mixed(np.asarray([(seed + int(golden) * (stream + 1)) % 2**64], np.uint64))  # arrays wrap around without a warning
+    example = mixed(run + golden * (np.asarray(positions).astype(np.uint64) + np.uint64(1)))
+    places = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    event = mixed(np.repeat(example, lengths) + golden * (places.astype(np.uint64) + np.uint64(1)))
+    return (event >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def kept_events(draws: np.ndarray, lengths: np.ndarray, rate: float) -> np.ndarray:
+    """Which events of windows stay -> [sum of lengths] bool; each goes with probability `rate`.
+
+    Where fewer than two of a window would stay, none of it goes. `draws` are uniform, `lengths` [n] the windows'.
+    """
+    kept = draws >= rate
+    window = np.repeat(np.arange(len(lengths)), lengths)
+    stay = np.bincount(window, weights=kept, minlength=len(lengths))
+    return kept | (stay < np.minimum(2, lengths))[window]
 
 
 # Views of a history by name; two of the same history are each other's positives.

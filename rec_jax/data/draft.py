@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from rec_jax.data.cloze import Cloze
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.data.places import EMPTY, of_places
 from rec_jax.types import Batch, Ragged
+
+NONE = np.zeros(0, np.int32)  # no mined negatives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,16 @@ class BatchSpec:
         return self.history_rows * self.history_length if self.user_kind == "history" else 2 * self.user_rows
 
 
+class _Window(NamedTuple):
+    """A window of a draft: row, offset and segment, items [n], columns of them, mined negatives [K], position in the order."""
+
+    at: tuple[int, int, int]
+    items: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    mined: np.ndarray
+    position: int
+
+
 class Draft:
     """A shard's part of a batch as it fills.
 
@@ -104,6 +116,8 @@ class Draft:
 
     def __init__(self, spec: BatchSpec, texts: Ragged | None, negatives: np.ndarray | None, seed: int):
         self._spec, self._texts, self._mined, self._seed = spec, texts, negatives, seed
+        # Items get their local indices as they come where they may not all fit, else all at once in the end, which is quicker.
+        self._bounded = spec.encode_items or negatives is not None or spec.user_kind != "history"
         self._index: dict[int, int] = {}
         self._item_ids = np.full(spec.items, -1, np.int32)
         self._item_places = np.zeros(spec.items, np.int32)
@@ -115,6 +129,7 @@ class Draft:
         if spec.user_kind == "history":
             shape = (spec.history_rows, spec.history_length)
             self._rows = Rows(*shape, per_row=shape[1])
+            self._windows: list[_Window] = []
             self._history, self._segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
             self._columns = {name: np.full(shape, EMPTY[name], EMPTY[name].dtype) for name in spec.columns}
             if spec.views is not None:
@@ -131,11 +146,10 @@ class Draft:
 
     def add(self, user: int, items: np.ndarray, columns: Mapping[str, np.ndarray], position: int) -> bool:
         """Adds an example whole, or leaves the draft as it was and returns False."""
-        mined = self._negatives_of(user, items)
         if self._spec.user_kind == "history":
-            added = self._add_history(items, columns, mined, position)
+            added = self._add_history(user, items, columns, position)
         else:
-            added = self._add_text(items, mined, position)
+            added = self._add_text(items, self._negatives_of(user, items), position)
         if added:
             self._examples.append(user)
         return added
@@ -143,39 +157,76 @@ class Draft:
     def _negatives_of(self, user: int, items: np.ndarray) -> np.ndarray:
         """The user's mined negatives -> [K] catalogue indices, -1 where it is an item of the window: that is a positive of some place."""
         if self._mined is None:
-            return np.zeros(0, np.int32)
+            return NONE
         mined = self._mined[user]
         return np.where(np.isin(mined, items), -1, mined)
 
-    def _add_history(self, items: np.ndarray, columns: Mapping[str, np.ndarray], mined: np.ndarray, position: int) -> bool:
-        cloze, mark = self._spec.cloze, self._rows.mark()
-        places = len(items) - (cloze is None)
-        at = self._rows.place(places)
-        if at is None or not self._add_items(items, mined):
-            self._rows.reset(mark)
+    def _add_history(self, user: int, items: np.ndarray, columns: Mapping[str, np.ndarray], position: int) -> bool:
+        mark = self._rows.mark() if self._bounded else None
+        at = self._rows.place(len(items) - (self._spec.cloze is None))  # without a cloze the last event is a target alone
+        if at is None:
             return False
-        row, offset, segment = at
-        local = np.asarray([self._index[int(i)] for i in items], np.int32)
-        here, flat = slice(offset, offset + places), row * self._spec.history_length + offset
-        self._segments[row, here] = segment
-        if cloze is None:
-            self._history[row, here], sought, targets = local[:-1], np.arange(places), local[1:]
-        else:
-            hidden = cloze.draw(places, self._seed, position)
-            self._history[row, here], sought, targets = np.where(hidden, -1, local), np.flatnonzero(hidden), local[hidden]
-        for name, values in of_places(columns).items():
-            self._columns[name][row, here] = values[:places]  # without a cloze the last event is a target alone
-        self._targets[flat + sought] = targets
-        self._weights[flat + sought] = 1.0
-        self._put_negatives(flat + sought, mined)
-        if self._spec.views is not None:
-            self._put_views(self._spec.views, local, at, position)
+        mined = NONE
+        if mark is not None:
+            mined = self._negatives_of(user, items)
+            if not self._add_items(items, mined):
+                self._rows.reset(mark)
+                return False
+        self._windows.append(_Window(at, items, columns, mined, position))
         return True
 
-    def _put_views(self, views: HistoryViews, window: np.ndarray, at: tuple[int, int, int], position: int) -> None:
+    def _write_histories(self) -> None:
+        """Writes all windows into their places."""
+        windows, cloze, length = self._windows, self._spec.cloze, self._spec.history_length
+        if not windows:
+            return
+        items = np.concatenate([w.items for w in windows])
+        sizes = np.fromiter((len(w.items) for w in windows), np.int64, len(windows))
+        local = self._local(items)
+        first = np.cumsum(sizes) - sizes
+        segments = np.asarray([w.at[2] for w in windows], np.int32)
+        begin = np.asarray([w.at[0] * length + w.at[1] for w in windows])
+        window = np.repeat(np.arange(len(windows)), sizes)
+        place = np.arange(len(items)) + (begin - first)[window]  # of each event, in the flattened [H * S]
+        last = np.zeros(len(items), bool)
+        if cloze is None:
+            last[first + sizes - 1] = True
+        here = ~last
+        self._segments.reshape(-1)[place[here]] = segments[window[here]]
+        if cloze is None:
+            inputs, sought, targets = local[here], place[here], local[np.flatnonzero(here) + 1]
+        else:
+            draws = (cloze.draw(len(w.items), self._seed, w.position) for w in windows)
+            hidden = np.concatenate(list(draws))
+            inputs, sought, targets = np.where(hidden, -1, local), place[hidden], local[hidden]
+        self._history.reshape(-1)[place[here]] = inputs
+        self._targets[sought], self._weights[sought] = targets, 1.0
+        if self._columns:
+            columns = {name: np.concatenate([w.columns[name] for w in windows]) for name in self._columns}
+            for name, values in of_places(columns, first[window]).items():
+                self._columns[name].reshape(-1)[place[here]] = values[here]
+        if self._negatives is not None:
+            end = begin + sizes - (cloze is None)
+            for w, a, b in zip(windows, begin.tolist(), end.tolist(), strict=True):
+                self._put_negatives(sought[(sought >= a) & (sought < b)], w.mined)
+        if self._spec.views is not None:
+            for number, w in enumerate(windows):
+                self._put_views(self._spec.views, local[window == number], w.at, w.position, number)
+
+    def _local(self, items: np.ndarray) -> np.ndarray:
+        """Catalogue indices [n] -> the shard's own [n] int32, in the order in which items first came."""
+        if self._bounded:
+            return np.fromiter(map(self._index.__getitem__, items.tolist()), np.int32, len(items))
+        unique, first, inverse = np.unique(items, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        self._item_ids[: len(unique)] = unique[order]
+        local = np.empty(len(unique), np.int32)
+        local[order] = np.arange(len(unique), dtype=np.int32)
+        return local[inverse]
+
+    def _put_views(self, views: HistoryViews, window: np.ndarray, at: tuple[int, int, int], position: int, number: int) -> None:
         """Two views of a window's history, where the history itself stands: none is longer. Drawn by the position alone."""
         row, offset, segment = at
-        number = len(self._examples)
         for n, view in enumerate(views.draw(window[:-1], np.random.default_rng((self._seed, position)))):
             here = slice(offset, offset + len(view))
             self._views[n, row, here], self._view_segments[n, row, here] = view, segment
@@ -230,6 +281,8 @@ class Draft:
 
     def batch(self) -> Batch:
         """The arrays; `examples` has one place a query, which no shard can exceed."""
+        if self._spec.user_kind == "history":
+            self._write_histories()
         examples = np.full(self._spec.queries, -1, np.int32)
         examples[: len(self._examples)] = self._examples
         out = Batch(self._item_ids, self._targets, self._weights, examples, negatives=self._negatives)

@@ -18,36 +18,39 @@ def texts_per_row(row_tokens: int) -> int:
 class Rows:
     """The free room of R rows of `length` places with at most `per_row` pieces each.
 
-    `mark` and `reset` undo placements, so that a group of pieces is placed whole or not at all.
+    `mark` and `reset` undo placements, so that a group of pieces is placed whole or not at all. Plain lists: numpy's calls take longer
+    than a few comparisons, and this is asked for every history and text.
     """
 
     def __init__(self, rows: int, length: int, per_row: int):
-        self._free = np.full(rows, length, np.int64)
-        self._used = np.zeros(rows, np.int64)
+        self._free, self._used = [length] * rows, [0] * rows
         self._length, self._per_row = length, per_row
+        self._open = 0  # rows before it take nothing more
 
     def place(self, size: int) -> tuple[int, int, int] | None:
         """First row with room for `size` places -> (row, offset, segment from 1), or None."""
-        room = (self._free >= size) & (self._used < self._per_row)
-        row = int(np.argmax(room))
-        if not room[row]:
-            return None
-        offset = self._length - int(self._free[row])
-        self._free[row] -= size
-        self._used[row] += 1
-        return row, offset, int(self._used[row])
+        free, used = self._free, self._used
+        for row in range(self._open, len(free)):
+            if free[row] >= size and used[row] < self._per_row:
+                offset = self._length - free[row]
+                free[row] -= size
+                used[row] += 1
+                return row, offset, used[row]
+        return None
 
     def has_room(self) -> bool:
         """Whether any row takes a piece of one place."""
-        return bool(((self._free > 0) & (self._used < self._per_row)).any())
+        while self._open < len(self._free) and not (self._free[self._open] > 0 and self._used[self._open] < self._per_row):
+            self._open += 1
+        return self._open < len(self._free)
 
-    def mark(self) -> tuple[np.ndarray, np.ndarray]:
+    def mark(self) -> tuple[list[int], list[int], int]:
         """The present filling, for `reset`."""
-        return self._free.copy(), self._used.copy()
+        return self._free.copy(), self._used.copy(), self._open
 
-    def reset(self, mark: tuple[np.ndarray, np.ndarray]) -> None:
+    def reset(self, mark: tuple[list[int], list[int], int]) -> None:
         """Back to a filling that `mark` gave."""
-        self._free, self._used = mark
+        self._free, self._used, self._open = mark
 
 
 class TextRows:

@@ -63,7 +63,7 @@ class PairBatches(WindowBatches):
     `item_tokens`, `item_segments`, `item_types` and `item_places` hold its text, `targets` [G, E] say where the positive stands.
 
     Args:
-      records: random access, record = one user's history {"items" [n], "splits" [n]}.
+      histories: as of `rec_jax.data.pipeline.Batches`.
       train_lengths: [U] train events of each user.
       spec: the budgets.
       seed: of the order and of what is drawn.
@@ -74,7 +74,7 @@ class PairBatches(WindowBatches):
       RecJaxError: nothing to train on, pairs that no row or shard holds, users who know too much to draw from the rest.
     """
 
-    def __init__(self, records: Any, train_lengths: np.ndarray, spec: PairSpec, *, seed: int, texts: Ragged, shards: range | None = None):
+    def __init__(self, histories: Any, train_lengths: np.ndarray, spec: PairSpec, *, seed: int, texts: Ragged, shards: range | None = None):
         super().__init__()
         windows = Windows.of(np.asarray(train_lengths), None)
         if not len(windows):
@@ -92,7 +92,7 @@ class PairBatches(WindowBatches):
                 f"the {pairs} pairs of an example, of up to {spec.row_tokens} tokens each, do not fit one shard: raise "
                 f"batch.max_items={spec.max_pairs} or batch.text_rows={spec.text_rows}, or lower batch.pair_negatives={spec.negatives}"
             )
-        self._set_order(records, windows, shards)
+        self._set_order(histories, windows, shards)
 
     def draft(self) -> PairDraft:
         """See `WindowBatches`."""

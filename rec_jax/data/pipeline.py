@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from rec_jax.data.augment import kept_events
+from rec_jax.data.augment import kept_events, uniform_by_place
 from rec_jax.data.draft import BatchSpec, Draft
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.data.windows import Example, Order, Replay, Turns, Windows
@@ -22,6 +22,8 @@ from rec_jax.types import Batch, Ragged, RecJaxError
 __all__ = ["BatchIterator", "BatchSpec", "Batches", "ShardedBatches", "Stream", "WindowBatches", "prefetched"]
 
 LOOK_AHEAD = 16  # examples that may wait for the next batch before a shard is closed
+READ_AT_ONCE = 128  # examples that a shard reads together: many cost little more than one
+DROPPED, SHUFFLED = range(2)  # streams of what is drawn by an example's position
 
 
 class Stream(Protocol):
@@ -87,11 +89,11 @@ class WindowBatches(ShardedBatches):
     seed: int
 
     def _set_order(
-        self, records: Any, windows: Windows, shards: range | None, *, turns: Turns | None = None, columns: tuple[str, ...] = ()
+        self, histories: Any, windows: Windows, shards: range | None, *, turns: Turns | None = None, columns: tuple[str, ...] = ()
     ) -> None:
-        """The windows of `records`, with these columns of them, in a new order each epoch; `spec` and `seed` are set."""
+        """The windows of `histories`, with these columns of them, in a new order each epoch; `spec` and `seed` are set."""
         self.shards = range(self.spec.shards) if shards is None else shards
-        self._order = Order(records, windows, self.seed, turns, columns)
+        self._order = Order(histories, windows, self.seed, turns, columns)
         self.examples_per_epoch = self._order.per_epoch
 
     def draft(self) -> WindowDraft:
@@ -102,16 +104,29 @@ class WindowBatches(ShardedBatches):
         """See `ShardedBatches`."""
         return _Shard(self, shard)
 
+    def examples(self, positions: Sequence[int]) -> list[Example]:
+        """Positions in the endless order -> the windows there."""
+        return self._changed(np.asarray(positions, np.int64), *self._order[positions])
+
     def example(self, position: int) -> Example:
         """Position in the endless order -> the window there."""
-        return self._order[position]
+        return self.examples([position])[0]
+
+    def _changed(self, positions: np.ndarray, users: np.ndarray, events: Ragged) -> list[Example]:
+        """The examples at positions [n] of users [n] and the events of their windows, as they come to a draft."""
+        edges, columns = events.offsets.tolist(), events.columns.items()
+        return [
+            Example(user, events.flat[a:b], {name: column[a:b] for name, column in columns})
+            for user, a, b in zip(users.tolist(), edges, edges[1:], strict=False)
+        ]
 
 
 class Batches(WindowBatches):
     """Endless batches [local shards, ...] of numpy arrays; see the module's text for their order.
 
     Args:
-      records: random access, record = one user's history {"items" [n], "splits" [n]}, and the columns that `spec` names.
+      histories: train events of each user, with the columns that `spec` names; or, where memory does not hold them, random access to
+        records, one user's whole history {"items" [n], "splits" [n]} each, with the columns.
       train_lengths: [U] train events of each user.
       spec: the budgets.
       seed: of the order, a new one each epoch.
@@ -126,7 +141,7 @@ class Batches(WindowBatches):
 
     def __init__(
         self,
-        records: Any,
+        histories: Any,
         train_lengths: np.ndarray,
         spec: BatchSpec,
         *,
@@ -152,7 +167,7 @@ class Batches(WindowBatches):
         whole = spec.cloze is not None
         turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths), whole=whole)
         self._windows, self._lengths, self._turns = windows, np.asarray(train_lengths, np.int64), turns
-        self._set_order(records, windows, shards, turns=turns, columns=spec.columns)
+        self._set_order(histories, windows, shards, turns=turns, columns=spec.columns)
 
     def _check(self, windows: Windows) -> None:
         s = self.spec
@@ -177,17 +192,18 @@ class Batches(WindowBatches):
                     f"or lower batch.history_length={s.history_length}{fewer}"
                 )
 
-    def example(self, position: int) -> Example:
+    def _changed(self, positions: np.ndarray, users: np.ndarray, events: Ragged) -> list[Example]:
         """See `WindowBatches`; what is left out, and a random order, are drawn by the position alone, so that a resume draws the same."""
-        whole = super().example(position)
-        if not (self.spec.drop_events or self.spec.shuffle_events):
-            return whole
-        random, kept = np.random.default_rng((self.seed, position)), np.arange(len(whole.items))
+        lengths = events.lengths()
         if self.spec.drop_events:
-            kept = np.flatnonzero(kept_events(len(whole.items), random, self.spec.drop_events))
+            kept = kept_events(uniform_by_place(self.seed, positions, lengths, DROPPED), lengths, self.spec.drop_events)
+            events = events.where(kept)
+            lengths = events.lengths()
         if self.spec.shuffle_events:
-            kept = random.permutation(kept)
-        return Example(whole.user, whole.items[kept], {name: column[kept] for name, column in whole.columns.items()})
+            window = np.repeat(np.arange(len(lengths)), lengths)
+            order = np.lexsort((uniform_by_place(self.seed, positions, lengths, SHUFFLED), window))
+            events = Ragged(events.flat[order], events.offsets, {name: column[order] for name, column in events.columns.items()})
+        return super()._changed(positions, users, events)
 
     def draft(self) -> Draft:
         """See `WindowBatches`."""
@@ -217,6 +233,8 @@ class _Shard:
         self._batches, self._shard = batches, shard
         self.next = 0
         self._waiting: dict[int, Example] = {}
+        self._read: list[Example] = []  # the examples from number `_first` on
+        self._first = 0
 
     @property
     def waiting(self) -> list[int]:
@@ -225,13 +243,17 @@ class _Shard:
 
     def go_to(self, number: int, waiting: Sequence[int]) -> None:
         """Sets the place; the examples that wait are read again."""
-        self.next, self._waiting = number, {n: self._read(n) for n in waiting}
+        again = self._batches.examples([self._position(n) for n in waiting]) if waiting else []
+        self.next, self._waiting = number, dict(zip(waiting, again, strict=True))
 
     def _position(self, number: int) -> int:
         return number * self._batches.spec.shards + self._shard
 
-    def _read(self, number: int) -> Example:
-        return self._batches.example(self._position(number))
+    def _example(self, number: int) -> Example:
+        if not 0 <= number - self._first < len(self._read):
+            self._first = number
+            self._read = self._batches.examples([self._position(n) for n in range(number, number + READ_AT_ONCE)])
+        return self._read[number - self._first]
 
     def fill(self) -> Batch:
         """The shard's next part of a batch (no shard axis)."""
@@ -241,7 +263,7 @@ class _Shard:
         while len(left) < LOOK_AHEAD and draft.has_room():
             number, example = next(queue, (self.next, None))
             if example is None:
-                example, self.next = self._read(number), number + 1
+                example, self.next = self._example(number), number + 1
             if not draft.add(*example, self._position(number)):
                 left[number] = example
         self._waiting = {**left, **dict(queue)}

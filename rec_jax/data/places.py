@@ -15,12 +15,16 @@ LONGEST = 2**31 - 1  # seconds, 68 years; longer is as long
 EMPTY = {"times": np.int32(-1), "ratings": np.float32(np.nan)}  # of a place without an event, or one of which it is not known
 
 
-def of_places(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of a window's events, oldest first -> the same as places have them: times in seconds since the first one's, [n] int32."""
+def of_places(columns: Mapping[str, np.ndarray], first: np.ndarray | int = 0) -> dict[str, np.ndarray]:
+    """Columns of windows' events, oldest first -> the same as places have them: times in seconds since the window's first, [n] int32.
+
+    `first` [n] says where each event's window begins; by default all are of one.
+    """
     out = {name: np.asarray(values, EMPTY[name].dtype) for name, values in columns.items() if name != "times"}
     if "times" in columns:
         times = np.asarray(columns["times"], np.int64)
-        out["times"] = np.clip(times - times[:1], 0, LONGEST).astype(np.int32)
+        since = times[first] if len(times) else times
+        out["times"] = np.clip(times - since, 0, LONGEST).astype(np.int32)
     return out
 
 

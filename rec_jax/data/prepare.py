@@ -41,6 +41,7 @@ META = "meta.json"
 SPLITS = {"train": 0, "valid": 1, "test": 2}
 _found: set[str] = set()  # folders that were said to be there: once each
 WAIT_SECONDS = 2 * 3600.0  # that other processes wait for the one that prepares
+IN_MEMORY = 1 << 28  # events whose items a process holds to train on: 1 GiB
 ROW = "row of the items table"  # a column, until the catalogue is coded
 MAX_RATING_VALUES = 20  # more distinct ratings than that are counted in as many bins
 
@@ -154,6 +155,10 @@ class Prepared:
         items, splits, offsets = self._events
         train = splits == SPLITS["train"]
         return Ragged(items[train], _counted(train)[offsets], {name: column[train] for name, column in self._columns.items()})
+
+    def train_source(self) -> Ragged | records.Records:
+        """What windows of train events are read from: all of them in memory or, beyond IN_MEMORY events, the records on disk."""
+        return self.train_histories() if len(self._events[0]) <= IN_MEMORY else self.source()
 
     def item_counts(self) -> np.ndarray:
         """Train events of each item -> [N] int64."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
-from rec_jax.types import RecJaxError
+from rec_jax.types import Ragged, RecJaxError
 
 Turns = tuple[np.ndarray, np.ndarray, int]  # of `Replay.turns`
 
@@ -50,20 +50,26 @@ class Windows:
 
 
 class _Source:
-    """Random access to windows of records, for `grain.MapDataset.source`."""
+    """Random access to the events of windows: of all train histories in memory, or of records, which are read one by one."""
 
-    def __init__(self, records: Any, windows: Windows, columns: tuple[str, ...]):
-        self._records, self._windows, self._columns = records, windows, columns
+    def __init__(self, histories: Ragged | Sequence[Mapping[str, np.ndarray]], windows: Windows, columns: tuple[str, ...]):
+        self._histories, self._windows, self._columns = histories, windows, columns
 
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: np.ndarray) -> tuple[np.ndarray, Ragged]:
+        """Windows [n] -> their users [n] and their events, with the columns."""
         w = self._windows
-        user = int(w.user[index])
-        record = self._records[user]
-        train, events = record["splits"] == 0, slice(w.start[index], w.stop[index])
-        return Example(user, record["items"][train][events], {name: record[name][train][events] for name in self._columns})
+        users, start, stop = w.user[index], w.start[index], w.stop[index]
+        if isinstance(self._histories, Ragged):
+            wanted = Ragged(self._histories.flat, self._histories.offsets, {name: self._histories.columns[name] for name in self._columns})
+            return users, wanted.pieces(users, start, stop)
+        parts: list[list[np.ndarray]] = []
+        for user, first, last in zip(users.tolist(), start.tolist(), stop.tolist(), strict=True):
+            record = self._histories[user]
+            train = record["splits"] == 0
+            parts.append([record[name][train][first:last] for name in ("items", *self._columns)])
+        offsets = np.concatenate([[0], np.cumsum(stop - start)])
+        items, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return users, Ragged(items, offsets, dict(zip(self._columns, columns, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,29 +106,36 @@ class Replay:
 
 
 class Order:
-    """The endless order of windows by position, a new one each epoch; random access.
+    """The endless order of windows by position, a new one each epoch; random access to many at once.
 
     Args:
-      records, windows: what there is.
+      histories: train events of each user, or records {"items" [n], "splits" [n]} with the columns.
+      windows: what there is.
       seed: of the order.
       turns: of `Replay`; None = every window each epoch.
-      columns: of the records, that come with the items.
+      columns: that come with the items.
     """
 
-    def __init__(self, records: Any, windows: Windows, seed: int, turns: Turns | None, columns: tuple[str, ...] = ()):
-        self._source, self._turns = _Source(records, windows, columns), turns
+    def __init__(self, histories: Any, windows: Windows, seed: int, turns: Turns | None, columns: tuple[str, ...] = ()):
+        self._source, self._turns = _Source(histories, windows, columns), turns
         self.per_epoch = len(windows) if turns is None else len(turns[0]) + turns[2]
-        shuffled = lambda size: grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-        self._places = shuffled(self.per_epoch)
-        self._others = shuffled(len(turns[1])) if turns is not None and turns[2] else None
+        self._seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
-    def __getitem__(self, position: int) -> Example:
-        place = int(self._places[position])
+    def _shuffled(self, position: int, size: int) -> int:
+        """Position in an endless order of `size` things, all of them each epoch -> which of them."""
+        epoch, place = divmod(position, size)
+        return index_shuffle(place, max_index=size - 1, seed=(self._seed + epoch) % 2**32, rounds=4)
+
+    def _window(self, position: int) -> int:
+        place = self._shuffled(position, self.per_epoch)
         if self._turns is None:
-            return self._source[place]
+            return place
         always, others, count = self._turns
         if place < len(always):
-            return self._source[int(always[place])]
-        assert self._others is not None
+            return int(always[place])
         turn = position // self.per_epoch * count + place - len(always)
-        return self._source[int(others[int(self._others[turn])])]
+        return int(others[self._shuffled(turn, len(others))])
+
+    def __getitem__(self, positions: Sequence[int]) -> tuple[np.ndarray, Ragged]:
+        """Positions [n] -> users [n] and the events of their windows, with the columns."""
+        return self._source[np.asarray([self._window(p) for p in positions], np.int64)]

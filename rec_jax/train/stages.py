@@ -139,13 +139,13 @@ def make_batches(config: Any, inputs: Inputs, mesh: jax.sharding.Mesh) -> Any:
     if config.batch.kind == "impressions":
         return ImpressionBatches(prepared.impressions("train"), spec, seed=config.seed, texts=inputs.tokens, shards=shards)
     if config.batch.kind == "pairs":
-        return PairBatches(prepared.source(), prepared.train_lengths(), spec, seed=config.seed, texts=inputs.tokens, shards=shards)
+        return PairBatches(prepared.train_source(), prepared.train_lengths(), spec, seed=config.seed, texts=inputs.tokens, shards=shards)
     mined, file = None, config.data.negatives
     if file:
         mined = negatives.read(file, fingerprint=prepared.meta["fingerprint"], users=prepared.n_users, items=prepared.n_items)
     lengths = prepared.train_lengths()
     texts, replay = inputs.tokens, inputs.replay
-    return Batches(prepared.source(), lengths, spec, seed=config.seed, texts=texts, negatives=mined, replay=replay, shards=shards)
+    return Batches(prepared.train_source(), lengths, spec, seed=config.seed, texts=texts, negatives=mined, replay=replay, shards=shards)
 
 
 def fresh(config: Any, spec: StepSpec, text_params: Params, table: np.ndarray | None) -> dict[str, Any]:
