@@ -46,7 +46,7 @@ def test_no_matrix_in_the_program():
 
     a = {"query": jax.ShapeDtypeStruct((b, D), jnp.float32), "item": jax.ShapeDtypeStruct((n, D), jnp.float32)}
     target = jax.ShapeDtypeStruct((b,), jnp.int32)
-    for form, block in (("weighted", forward_gradients._BLOCK_ELEMENTS), ("per_example", b * blockwise._SHORTEST)):
+    for form, block in (("weighted", forward_gradients.block_elements()), ("per_example", b * blockwise._SHORTEST)):
         run = lambda a, t, form=form: FORMS[form](**a, target=t, scale=1.0, weights=jnp.ones(b))
         largest = max(shapes(jax.make_jaxpr(jax.grad(run))(a, target).jaxpr))
         # The blocks are seen, and nothing larger.

@@ -13,13 +13,11 @@ from jax.sharding import Mesh
 from rec_jax.losses.blockwise import check_axis, even_block, fold, join, split
 from rec_jax.losses.checks import check_block, check_shape, check_vectors
 from rec_jax.losses.distill import kl_of_logits
+from rec_jax.losses.forward_gradients import MIN_BLOCK, block_elements
 from rec_jax.losses.ranking import check_positive
 from rec_jax.losses.tiles import NO_POSITIVE, QUERIES, LogSumExp, Side, TeacherMean, tiles
 from rec_jax.mesh import Axis
 from rec_jax.types import Array, RecJaxError
-
-_BLOCK_ELEMENTS = 1 << 21  # of a block of logits of the weighted form: with the teacher's it holds as many as `forward_gradients`
-_MIN_BLOCK = 128
 
 
 def kl_over_candidates(
@@ -180,7 +178,8 @@ def weighted_kl_over_candidates(
         teacher_scale,
     )
     b, n = queries.vectors.shape[0], items.vectors.shape[0]
-    rows = even_block(b, block or max(_MIN_BLOCK, _BLOCK_ELEMENTS // n))
+    # With the teacher's logits a block holds as many as one of `forward_gradients`.
+    rows = even_block(b, block or max(MIN_BLOCK, block_elements() // 2 // n))
     weights = jnp.square(jnp.asarray(temperature, scale.dtype)) * weights.astype(scale.dtype)
     items = items._replace(row=jnp.arange(n, dtype=jnp.int32))
     return _weighted(rows, student_bias is not None, queries, items, scale, taught_scale, weights)

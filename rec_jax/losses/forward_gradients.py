@@ -21,11 +21,17 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from rec_jax.losses.tiles import Side, any_equal, finite, similarities
 
-# Elements of a block of logits: 16 MB of float32, about the best of tests/bench/info_nce.py --blocks on 2 cores. Smaller blocks
-# read the gradient of the candidates more often. At least _MIN_BLOCK rows, or matmuls turn memory-bound.
-_BLOCK_ELEMENTS = 1 << 22
-_MIN_BLOCK = 128
+# Elements of a block of logits, by platform. CPU: 16 MB of float32, about the best of tests/bench/info_nce.py --blocks on 2 cores. The
+# others as a tile of the fold: smaller blocks read and write the gradient of the candidates more often, and with the CPU's a GPU took
+# twice as long as the fold does (tests/bench/accelerator.py). At least MIN_BLOCK rows, or matmuls turn memory-bound.
+_BLOCK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26, "tpu": 1 << 24}
+MIN_BLOCK = 128
 _ALIGN = 16  # candidates come in this multiple: vector width of the matmul kernels
+
+
+def block_elements() -> int:
+    """Elements of a block of logits on this platform; other names than these are GPUs."""
+    return _BLOCK_ELEMENTS.get(jax.default_backend(), _BLOCK_ELEMENTS["gpu"])
 
 
 class Statistics(NamedTuple):
@@ -67,7 +73,7 @@ def weighted_row_loss(
       block: queries per block; None chooses.
     """
     b, n = query.vectors.shape[0], item.vectors.shape[0]
-    block = block or max(_MIN_BLOCK, _BLOCK_ELEMENTS // max(n, 1))
+    block = block or max(MIN_BLOCK, block_elements() // max(n, 1))
     # Padding the candidates to whole vectors is worth 20% on the CPU, and costs a copy of [N, D].
     extra = -n % _ALIGN
 

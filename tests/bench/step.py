@@ -33,6 +33,7 @@ from rec_jax.types import Batch
 
 DEVICES = 8
 N_ITEMS = 2000
+MINILM = BertSpec()
 RUNS = 3  # measured steps
 
 
@@ -70,12 +71,12 @@ def batch_of(spec: BatchSpec, seed: int) -> Batch:
     )
 
 
-def task_of(c: Any, *, layout: str = "replicated") -> tuple[loop.Task, BatchSpec]:
+def task_of(c: Any, *, layout: str = "replicated", encoder: BertSpec = MINILM) -> tuple[loop.Task, BatchSpec]:
     """A training task without data, and the sizes of its batches."""
     batch = BatchSpec.from_config(c)
-    towers = two_tower.make_spec(c.towers, BertSpec(), texts_per_row=texts_per_row(batch.row_tokens), n_items=N_ITEMS)
+    towers = two_tower.make_spec(c.towers, encoder, texts_per_row=texts_per_row(batch.row_tokens), n_items=N_ITEMS)
     spec = stages.make_step(c, towers, batch)
-    params = two_tower.init(jax.random.key(0), towers) | {"scalars": init_scalars(spec.objectives)}
+    params = jax.jit(lambda key: two_tower.init(key, towers))(jax.random.key(0)) | {"scalars": init_scalars(spec.objectives)}
     o = c.optimizer
     fields = {f.name for f in dataclasses.fields(optimizer_lib.OptimizerSpec)} - {"warmup", "total"}
     optimizer = optimizer_lib.OptimizerSpec(warmup=1, total=100, **{name: o[name] for name in fields})
@@ -104,8 +105,8 @@ class Built:
         return mesh_lib.to_global(batch_of(self.sizes, seed), self.mesh)
 
 
-def build(mesh: Any, *, layout: str = "replicated", **changes: Any) -> Built:
-    task, sizes = task_of(config(**changes), layout=layout)
+def build(mesh: Any, *, layout: str = "replicated", encoder: BertSpec = MINILM, **changes: Any) -> Built:
+    task, sizes = task_of(config(**changes), layout=layout, encoder=encoder)
     tx = optimizer_lib.make_optimizer(task.optimizer)
     shapes, shardings = loop.state_shardings(task, mesh)
     create = jax.jit(lambda p: loop.create_state(task, jax.tree.map(jnp.copy, p), tx), out_shardings=shardings)
