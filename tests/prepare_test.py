@@ -133,6 +133,15 @@ class TestOnce:
 
 
 class TestWholeOrNotAtAll:
+    def test_a_catalogue_of_one_item_is_an_error_that_names_it_and_leaves_nothing(self, config, tmp_path):
+        rows = [("u", "i1", when, 1.0) for when in range(3)] + [("v", "i2", 1, 1.0)]
+        pl.DataFrame(rows, schema=["who", "what", "when", "stars"], orient="row").write_csv(tmp_path / "in" / "events.csv")
+        config.data.on_bad.duplicate_event = "keep"
+        config.data.filter.min_user_events = 3
+        with pytest.raises(RecJaxError, match=r"config\.data\.path=.*the catalogue has one item, 'i1',.*left out 1 users"):
+            prepare.prepare(config)
+        assert list((tmp_path / "cache").iterdir()) == []
+
     def test_failing_writer_leaves_nothing(self, config, tmp_path, monkeypatch):
         def fail(columns, offsets, folder):
             (folder / "histories").mkdir()

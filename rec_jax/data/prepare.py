@@ -52,7 +52,8 @@ def prepare(config: Any) -> Prepared:
     With several JAX processes the first one prepares and the others wait for it, so the cache must be a folder that all of them see.
 
     Raises:
-      RecJaxError: bad input or settings; another process did not finish in time; times are asked for that the input does not have.
+      RecJaxError: bad input or settings, a catalogue of one item; another process did not finish in time; times are asked for that the
+        input does not have.
     """
     folder, fingerprint, inputs = identify(config)
     process, processes = _process()
@@ -259,6 +260,12 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
     template = config.data.text.template or text.default_template(tables.items.columns)
     named, item_place = features_lib.columns_of(tables.items, config.data), tables.item_place
     items, users, events = code(_with_texts(tables, template), config.data, config.seed)
+    if len(items) < 2:
+        left_out = "; ".join(line.strip() for line in report.lines() if line[0] != " ") or "nothing was left out"
+        raise RecJaxError(
+            f"config.data.path={config.data.path!r}: the catalogue has one item, {items['item'][0]!r}, and there is nothing to rank it "
+            f"against; look at the file, config.data.filter and config.data.on_bad ({left_out})"
+        )
     rows = items[ROW].to_list()
     items = items.drop(ROW)
     del tables
