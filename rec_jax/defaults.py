@@ -253,6 +253,9 @@ def defaults() -> ConfigDict:
     c.objectives.history_views.same_target = False  # views of windows that the same item follows are positives of each other too
     c.objectives.history_views.ramp = 0
 
+    c.objectives.id_consistency = ConfigDict()  # an item by text and features alone is near the item with its own vector; new items gain
+    c.objectives.id_consistency.weight = 0.0
+
     c.objectives.mlm = ConfigDict()  # masked language model; batches of texts
     c.objectives.mlm.weight = 0.0
     c.objectives.mlm.rate = 0.15  # share of the tokens that are hidden: 80% as [MASK], 10% as another word, 10% as they are

@@ -173,6 +173,7 @@ class Outputs:
       item: [G, M, D].
       catalogue: [N, D], vectors of all items.
       views: [2, G, M, D], the batch's items by their texts alone, under two draws of dropout.
+      plain: [G, M, D], the batch's items without their own vectors.
       history_views: [2, G, E, D], user vectors of each example's two views; of no meaning where there is no example.
       drawn: [U, D], vectors of the catalogue items `drawn_ids`.
       drawn_ids: [U] int32, drawn uniformly from the catalogue, with replacement.
@@ -193,6 +194,7 @@ class Outputs:
     item: Any = None
     catalogue: Any = None
     views: Any = None
+    plain: Any = None
     history_views: Any = None
     drawn: Any = None
     drawn_ids: Any = None

@@ -45,6 +45,7 @@ def encode_batch(
     catalogue: bool,
     keys: Mapping[str, jax.Array] | None,
     views: bool = False,
+    plain: bool = False,
     history_views: bool = False,
     drawn_ids: jax.Array | None = None,
     query_drawn_ids: jax.Array | None = None,
@@ -67,6 +68,7 @@ def encode_batch(
         again) with `views`, "history_view" (twice the user rows) with `history_views`; keys [] for all shards, "ids" and "features", where
         items' own vectors or their features are dropped; None = no dropout.
       views: also the batch's items by their texts alone, twice, each time with dropout of its own.
+      plain: also the batch's items without their own vectors, by text and features alone.
       history_views: also the user vectors of the batch's views of histories.
       drawn_ids: [U] int32, catalogue items whose vectors are also wanted, by the table.
       query_drawn_ids: [G, Q, K] int32, for each query catalogue items whose vectors are also wanted, by the table; -1 is none.
@@ -107,6 +109,9 @@ def encode_batch(
     if views:
         assert text is not None
         out.views = text_item_vectors(params, spec, jnp.stack([text, text_of_items("view")]))
+    if plain:
+        rows = None if features is None else features_lib.rows_of(features, batch.item_ids)
+        out.plain = over_batch(text_item_vectors(params, spec, text, None, rows))
     if history_views:
         out.history_views = _history_views(params, spec, batch, item, _key(keys, "history_view"))
     if catalogue:

@@ -107,6 +107,7 @@ def outputs(
         catalogue=wants("catalogue"),
         keys=keys,
         views=wants("views"),
+        plain=wants("plain"),
         history_views=wants("history_views"),
         drawn_ids=drawn_ids,
         query_drawn_ids=query_drawn_ids,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rec_jax.towers.two_tower import TwoTowerSpec
-from rec_jax.train.objectives import base, cross, distill, forms, history_views, info_nce, pairs, pretrain, task, views
+from rec_jax.train.objectives import base, consistency, cross, distill, forms, history_views, info_nce, pairs, pretrain, task, views
 from rec_jax.train.objectives.base import Objective, ramp_up, target_ids, targets
 from rec_jax.types import RecJaxError
 
@@ -20,6 +20,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "simcse": views.make_simcse,
     "simclr": views.make_simclr,
     "history_views": history_views.make,
+    "id_consistency": consistency.make,
     "mlm": pretrain.make_mlm,
     "denoise": pretrain.make_denoise,
     "cross": cross.make,
@@ -87,6 +88,11 @@ def check(
             raise RecJaxError(f"{place} needs a teacher: set config.teacher.path, or give the stage one before it")
         if o.name == "distill_kl" and not o.spec.scale and not any(name == base.TEMPERATURE for p in objectives for name, _ in p.scalars):
             raise RecJaxError(f"{place}.scale=0 takes the learned temperature of info_nce, which is not learned here: set {place}.scale")
+        if o.plain and not (towers.item_text and towers.n_ids):
+            raise RecJaxError(
+                f"{place} compares items with and without their own vectors: set config.towers.item.ids=True and text=True, or its "
+                "weight to 0"
+            )
         if o.layers:
             _check_layers(place, towers, teacher)
         if o.queue and (o.queue < batch or o.queue % batch):

@@ -26,6 +26,7 @@ class Objective:
       uniform: U, how many items of the catalogue are drawn uniformly in each step.
       per_query: K, how many are drawn uniformly for each query by itself.
       views: a second draw of dropout on the batch's item texts.
+      plain: the batch's items without their own vectors.
       history_views: user vectors of two views of each history; the batches carry them.
       queue: item vectors kept of earlier batches.
       momentum: decay of the momentum encoder that makes its keys; 0 = none.
@@ -48,6 +49,7 @@ class Objective:
     uniform: int = 0
     per_query: int = 0
     views: bool = False
+    plain: bool = False
     history_views: bool = False
     queue: int = 0
     momentum: float = 0.0
