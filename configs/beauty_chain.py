@@ -19,6 +19,7 @@ def get_config(arg=None):
     recipes.sequences(c)
     # Neighbours as targets are a teacher of another kind: without them it is seen what the stages add.
     c.objectives.info_nce.neighbour_share = 0.0
+    c.objectives.info_nce.label_smoothing = 0.0
     c.batch.drop_events = 0.0
 
     recipes.four_stages(c, pretrain="100 steps", task="2 epochs", distill="3 epochs")

@@ -336,8 +336,8 @@ def defaults() -> ConfigDict:
     c.train = ConfigDict()
     # "N steps" | "N epochs" | "N examples" | "auto": epochs of histories by how often one predicts an item (rec_jax.train.adapt)
     c.train.duration = "30 epochs"
-    # True: batch.drop_events and objectives.info_nce.neighbour_share are what sparse data wants, and less of both where an epoch of
-    # histories predicts an item more often (rec_jax.train.adapt)
+    # True: batch.drop_events, neighbour_share and label_smoothing of objectives.info_nce are what sparse data wants, and less of all where
+    # an epoch of histories predicts an item more often (rec_jax.train.adapt)
     c.train.adapt = False
     c.train.log_every = "50 steps"
     c.train.eval_every = "10 percent"  # validation; the best checkpoint is kept

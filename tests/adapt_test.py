@@ -26,11 +26,13 @@ def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
     as_it_is = tiny.config()
     assert adapt.adapted(as_it_is, lengths, items) is as_it_is
     given = tiny.config(
-        **{"train.duration": "auto", "train.adapt": True, "batch.drop_events": 0.2, "objectives.info_nce.neighbour_share": 0.3}
+        **{"train.duration": "auto", "train.adapt": True, "batch.drop_events": 0.2},
+        **{"objectives.info_nce.neighbour_share": 0.3, "objectives.info_nce.label_smoothing": 0.1},
     )
     found = adapt.adapted(given, lengths, items)
     assert found.train.duration == f"{6 * 4 ** (1 / 3):.2f} epochs"
     assert (found.batch.drop_events, found.objectives.info_nce.neighbour_share) == (0.1, 0.15)
+    assert found.objectives.info_nce.label_smoothing == 0.05
     assert found.is_locked
     assert given.train.duration == "auto"
     assert given.batch.drop_events == 0.2

@@ -1,8 +1,9 @@
 """What a config leaves to the data: how long histories are trained on, and how much is done against learning them by heart.
 
 Both go by how often an epoch predicts an item, on average. Where items are seldom a target, their own vectors soon know whose histories
-they follow: few epochs, neighbours as targets and left-out events help. Where each is a target often, a tower goes on learning, and the
-same means hold it back. The two laws go through what was found on Amazon Beauty (10.86 times) and MovieLens-1M (290 times).
+they follow: few epochs, neighbours as targets, smoothed labels and left-out events help. Where each is a target often, a tower goes on
+learning, and the same means hold it back. The two laws go through what was found on Amazon Beauty (10.86 times) and MovieLens-1M (290
+times); that smoothed labels go by the same law as the others is taken over from these.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def strength(times: float) -> float:
 def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
     """A stage's config with `train.duration="auto"` as epochs and, with `train.adapt`, the strengths that this data wants.
 
-    Those are objectives.info_nce.neighbour_share and batch.drop_events. A config that leaves nothing to the data comes back as it is.
+    Those are neighbour_share and label_smoothing of objectives.info_nce, and batch.drop_events. A config that leaves nothing to the data
+    comes back as it is.
 
     Args:
       config: of one stage.
@@ -51,6 +53,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
         if lasts:
             out.train.duration = f"{epochs(times):.2f} epochs"
         if adapt:
-            out.objectives.info_nce.neighbour_share = round(config.objectives.info_nce.neighbour_share * strength(times), 4)
+            for key in ("neighbour_share", "label_smoothing"):
+                out.objectives.info_nce[key] = round(config.objectives.info_nce[key] * strength(times), 4)
             out.batch.drop_events = round(config.batch.drop_events * strength(times), 4)
     return out
