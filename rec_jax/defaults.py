@@ -208,6 +208,9 @@ def defaults() -> ConfigDict:
     # That many places of a shard, drawn anew each step, are trained, with candidates="catalogue"; 0 = all. In random orders the places of a
     # history teach much the same, and few of them with several positives each cost less
     c.objectives.info_nce.places = 0
+    # With candidates="catalogue": that many times the log of its share of the train events is added to an item's logit, in training alone,
+    # so that vectors need not say how popular an item is: seldom seen items rank higher, at a little cost to all
+    c.objectives.info_nce.popularity_prior = 0.0
     # The keys down to `hard` go with batch candidates, and join them
     c.objectives.info_nce.queue = 0  # item vectors kept of earlier batches as negatives: a multiple of shards x places of a shard; 0 = off
     c.objectives.info_nce.momentum = 0.0  # decay of the momentum encoder that makes the candidates, e.g. 0.999; 0 = the towers themselves

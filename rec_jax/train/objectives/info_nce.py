@@ -44,6 +44,7 @@ class InfoNCESpec:
     neighbour_items: int = 2
     neighbour_decay: float = 0.5
     places: int = 0
+    popularity_prior: float = 0.0
 
     def __post_init__(self) -> None:
         place = "info_nce"
@@ -56,6 +57,7 @@ class InfoNCESpec:
         base.check_range(f"{place}.queue", self.queue, least=0)
         base.check_range(f"{place}.uniform", self.uniform, least=0)
         base.check_range(f"{place}.places", self.places, least=0)
+        base.check_range(f"{place}.popularity_prior", self.popularity_prior, least=0)
         base.check_range(f"{place}.neighbour_share", self.neighbour_share, least=0, below=1)
         base.check_range(f"{place}.neighbours", self.neighbours, least=1)
         base.check_range(f"{place}.neighbour_items", self.neighbour_items, least=1)
@@ -81,6 +83,10 @@ class InfoNCESpec:
             raise RecJaxError(f"{place}.symmetric=True needs positives=1: an item seeks one query of its own; positives={self.positives}")
         if self.places and (self.candidates != "catalogue" or self.neighbour_share):
             raise RecJaxError(f"{place}.places={self.places} goes with candidates='catalogue' and neighbour_share=0: set places to 0")
+        if self.popularity_prior and (self.candidates != "catalogue" or self.positives > 1):
+            raise RecJaxError(
+                f"{place}.popularity_prior={self.popularity_prior} goes with candidates='catalogue' and positives=1: set it to 0"
+            )
         if self.neighbour_share:
             self._check_neighbours(f"{place}.neighbour_share={self.neighbour_share}")
         if self.label_smoothing and (self.positives > 1 or self.form != "standard"):
@@ -141,7 +147,8 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
     Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (2019), section 3; queue after He et al.,
     "Momentum Contrast for Unsupervised Visual Representation Learning" (2020), section 3.2, and, without momentum, Wang et al.,
     "Cross-Batch Memory for Embedding Learning" (2020), section 3; uniform negatives after Yang et al., "Mixed Negative Sampling" (2020);
-    prefixes after Kusupati et al., "Matryoshka Representation Learning" (2022), section 3.
+    prefixes after Kusupati et al., "Matryoshka Representation Learning" (2022), section 3; the popularity prior after Menon et al.,
+    "Long-Tail Learning via Logit Adjustment" (2021), section 4.2.
     """
     tau, weights, places = temperature(context.scalars, spec), base.mean_weights(batch), None
     if spec.places:
@@ -173,11 +180,15 @@ def _catalogue(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESp
         following = next_places(batch, spec.positives)
         ids = taken(jnp.where(following >= 0, base.lookup(base.target_ids(batch), following), -1))
         options = {"target": ids, "positive": jnp.take(items, jnp.maximum(ids, 0), axis=0)}
+    if spec.popularity_prior:
+        options |= {"log_q": -context.log_q, "log_q_strength": spec.popularity_prior}
     if context.mesh is not None and spec.shard_catalogue:
         # The devices hold equal shares of the candidates.
         left = -len(items) % math.prod(context.mesh.shape[a] for a in context.axes or ())
         options["item_mask"] = jnp.arange(len(items) + left) < len(items)
         items = jnp.pad(items, ((0, left), (0, 0)))
+        if spec.popularity_prior:
+            options["log_q"] = jnp.pad(options["log_q"], (0, left))
     return [{"query": taken(outputs.user), "item": items, **_forms(spec), **options}]
 
 
