@@ -79,6 +79,9 @@ class World:
     def train_histories(self) -> Ragged:
         return Ragged.from_rows([r["items"][r["splits"] == 0] for r in self._records])
 
+    def train_source(self) -> Ragged:
+        return self.train_histories()
+
     def item_counts(self) -> np.ndarray:
         return np.bincount(self.train_histories().flat, minlength=N_ITEMS)
 
