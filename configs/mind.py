@@ -4,8 +4,9 @@
 
 DIR holds behaviors.tsv and news.tsv (Wu et al., 2020; for non-commercial research). Items are texts and ID vectors, users ID vectors; an
 MLP reads both with the hour and the day of the week. The parts are cut by date. The table at the end has AUC, MRR and NDCG of the items
-shown together (slate_auc and so on), of the model, a logistic regression and a factorisation machine. Not measured: in the public sample of
-5,000 impressions nearly every user is new, and most news have no text.
+shown together (slate_auc and so on), of the model, a logistic regression and a factorisation machine. In the public sample of 5,000
+impressions nearly every user is new and most news have no text, so that nothing can be concluded of it: slate_auc .592 of the model,
+.594 of the logistic regression, in 20 seconds.
 """
 
 from rec_jax.defaults import defaults

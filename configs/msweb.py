@@ -3,7 +3,7 @@
     python -m rec_jax.train --config=configs/msweb.py --config.data.path=DIR/anonymous-msweb.data --workdir=runs/msweb
 
 The file is that of the UCI KDD archive (Breese et al., 1998). 8:1:1 at random by user, users known by their train events.
-After half of the training validation NDCG@10 was .410; the test is not measured.
+Test Recall@10, NDCG@10 of one seed: the model .685 and .446, EASE .715 and .475, both together the same; 36 seconds on two cores.
 """
 
 from rec_jax import recipes
