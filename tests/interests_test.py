@@ -123,7 +123,8 @@ def test_a_batchs_queries_are_routed_and_every_interest_gets_gradient(cloze, tmp
 
 
 def test_devices_agree_on_the_gradient(tmp_path):
-    tiny.gradient_of_one_device_and_eight(tiny.task(tiny.config(**ON), tmp_path))
+    gradient = tiny.gradient_of_one_device_and_eight(tiny.task(tiny.config(**ON), tmp_path))
+    assert np.abs(gradient["user"]["interests"]["interest"]["kernel"]).max() > 0
 
 
 # -- in rankings --

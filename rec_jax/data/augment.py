@@ -241,7 +241,7 @@ def uniform_by_place(seed: int, positions: np.ndarray, lengths: np.ndarray, stre
     Returns:
       [sum of lengths] float64 in [0, 1), example by example.
 
-    Reference: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014), section 4, whose mixing function this is.
+    Reference: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014), with the constants of SplitMix64.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
 

@@ -210,8 +210,8 @@ class Draft:
             for w, a, b in zip(windows, begin.tolist(), end.tolist(), strict=True):
                 self._put_negatives(sought[(sought >= a) & (sought < b)], w.mined)
         if self._spec.views is not None:
-            for number, w in enumerate(windows):
-                self._put_views(self._spec.views, local[window == number], w.at, w.position, number)
+            for number, (w, own) in enumerate(zip(windows, np.split(local, first[1:]), strict=True)):
+                self._put_views(self._spec.views, own, w.at, w.position, number)
 
     def _local(self, items: np.ndarray) -> np.ndarray:
         """Catalogue indices [n] -> the shard's own [n] int32, in the order in which items first came."""

@@ -53,6 +53,8 @@ class _Source:
     """Random access to the events of windows: of all train histories in memory, or of records, which are read one by one."""
 
     def __init__(self, histories: Ragged | Sequence[Mapping[str, np.ndarray]], windows: Windows, columns: tuple[str, ...]):
+        if isinstance(histories, Ragged):
+            histories = Ragged(histories.flat, histories.offsets, {name: histories.columns[name] for name in columns})
         self._histories, self._windows, self._columns = histories, windows, columns
 
     def __getitem__(self, index: np.ndarray) -> tuple[np.ndarray, Ragged]:
@@ -60,8 +62,7 @@ class _Source:
         w = self._windows
         users, start, stop = w.user[index], w.start[index], w.stop[index]
         if isinstance(self._histories, Ragged):
-            wanted = Ragged(self._histories.flat, self._histories.offsets, {name: self._histories.columns[name] for name in self._columns})
-            return users, wanted.pieces(users, start, stop)
+            return users, self._histories.pieces(users, start, stop)
         parts: list[list[np.ndarray]] = []
         for user, first, last in zip(users.tolist(), start.tolist(), stop.tolist(), strict=True):
             record = self._histories[user]

@@ -148,7 +148,7 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
     "Momentum Contrast for Unsupervised Visual Representation Learning" (2020), section 3.2, and, without momentum, Wang et al.,
     "Cross-Batch Memory for Embedding Learning" (2020), section 3; uniform negatives after Yang et al., "Mixed Negative Sampling" (2020);
     prefixes after Kusupati et al., "Matryoshka Representation Learning" (2022), section 3; the popularity prior after Menon et al.,
-    "Long-Tail Learning via Logit Adjustment" (2021), section 4.2.
+    "Long-Tail Learning via Logit Adjustment" (2021), the logit adjusted softmax cross-entropy.
     """
     tau, weights, places = temperature(context.scalars, spec), base.mean_weights(batch), None
     if spec.places:
