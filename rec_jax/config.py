@@ -55,7 +55,9 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     return config.lock()
 
 
-BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "ease", "ials", "bpr")  # what rec_jax.eval.baselines can fit
+# What rec_jax.eval.baselines can fit
+BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "ease", "ials", "bpr", "text_knn")
+PLUS = "+"  # between the names of config.eval.fuse
 CHOICES = {
     "batch.kind": ("histories", "impressions", "texts", "pairs"),
     "data.split.kind": ("leave_one_out", "temporal", "ratio", "random", "cold_item", "impressions"),
@@ -77,7 +79,6 @@ CHOICES = {
     "towers.task.sharing": ("bottom", "mmoe", "ple"),
     "teacher.source": ("stored", "online"),
     "train.monitor_goal": ("max", "min"),
-    "eval.fuse": ("", *BASELINES),
     "eval.rank_by": ("vectors", "task"),
     "objectives.info_nce.candidates": ("batch", "catalogue"),
     "optimizer.schedule": ("cosine", "constant", "plateau"),
@@ -90,6 +91,11 @@ POSITIVE = (
     "objectives.info_nce.temperature", "optimizer.learning_rate", "optimizer.cooldown", "optimizer.accumulate", "eval.users_per_block",
     "eval.items_per_block", "data.text.max_tokens", "train.prefetch",
 )  # fmt: skip
+
+
+def fused(config: ConfigDict) -> tuple[str, ...]:
+    """The baselines whose scores are added to the last stage's."""
+    return tuple(config.eval.fuse.split(PLUS)) if config.eval.fuse else ()
 
 
 def check(config: ConfigDict) -> None:
@@ -112,6 +118,9 @@ def check(config: ConfigDict) -> None:
             f"config.optimizer.rows={config.optimizer.rows!r} updates each step's own rows: set config.optimizer.accumulate=1, and larger "
             "batches in place of it, or config.optimizer.rows='dense'"
         )
+    for name in fused(config):
+        if name not in BASELINES:
+            raise RecJaxError(f"config.eval.fuse={config.eval.fuse!r}: expected names of {', '.join(BASELINES)}, with '+' between, or ''")
     for name in config.eval.baselines:
         if name not in BASELINES:
             raise RecJaxError(f"config.eval.baselines names {name!r}: expected some of {', '.join(BASELINES)}")

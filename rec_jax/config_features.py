@@ -1,4 +1,4 @@
-"""Checks of the keys that are about features of items (`config.data.features`)."""
+"""Checks of the keys that are about features of items: `config.data.features`, and words of their texts (`config.towers.item.words`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from rec_jax.types import RecJaxError
 FEATURES = ("categorical", "multi_hot", "numeric", "vectors")  # kinds of config.data.features
 FEATURE_KEYS = (
     "data.features", "data.on_bad.missing_feature", "data.on_bad.bad_feature", "towers.item.features", "towers.item.fusion",
-    "towers.item.modality_dropout",
+    "towers.item.modality_dropout", "towers.item.words",
 )  # fmt: skip
 
 
-def has_features(config: ConfigDict) -> bool:
-    """Whether items have features beside text and IDs."""
+def has_columns(config: ConfigDict) -> bool:
+    """Whether the data is prepared with features of items."""
     return any(config.data.features[kind] for kind in FEATURES)
+
+
+def has_features(config: ConfigDict) -> bool:
+    """Whether items have features beside text and IDs: those of the data, or words of their texts."""
+    return has_columns(config) or config.towers.item.words > 0
 
 
 def check_features(config: ConfigDict) -> None:
@@ -35,12 +40,20 @@ def check_features(config: ConfigDict) -> None:
             raise RecJaxError(f"config.data.features.{kind} names {wrong[0]!r}: a feature's name is part of its parameters', without '/'")
     if features.multi_hot and not features.separator.strip():
         raise RecJaxError(f"config.data.features.separator={features.separator!r}: expected a character that no value has, like ',' or '|'")
+    if item.words < 0:
+        raise RecJaxError(f"config.towers.item.words={item.words!r}: must be at least 0; 0 = no words")
+    if item.words and not item.text:
+        raise RecJaxError(
+            f"config.towers.item.words={item.words} are of texts, which config.towers.item.text=False leaves out: set it to 0"
+        )
     if not 0 <= item.modality_dropout < 1:
         raise RecJaxError(f"config.towers.item.modality_dropout={item.modality_dropout!r}: must be at least 0 and below 1")
     reference = defaults().towers.item
     for key in ("fusion", "modality_dropout"):
         if item[key] != reference[key] and not has_features(config):
-            raise RecJaxError(f"config.towers.item.{key}={item[key]!r} is about features, and config.data.features names none")
+            raise RecJaxError(
+                f"config.towers.item.{key}={item[key]!r} is about features, and config.data.features names none, nor are there words"
+            )
     if item.features.dim < 0 or (item.features.dim and item.fusion != "concat"):
         raise RecJaxError(
             f"config.towers.item.features.dim={item.features.dim}: a width of their own is for fusion='concat'; 0 = towers.dim"
@@ -50,6 +63,8 @@ def check_features(config: ConfigDict) -> None:
 def check_stage(config: ConfigDict, name: str, stage: ConfigDict) -> None:
     """Raises RecJaxError unless a stage's config has the features of the whole: one coding, and the same parameters, serve all stages."""
     groups = {"data.features": lambda c: c.data.features, "towers.item.features": lambda c: c.towers.item.features}
+    if config.towers.item.words != stage.towers.item.words:
+        raise RecJaxError(f"config.stage.{name}.towers.item.words: all stages have the same words; set config.towers.item.words")
     for key, group in groups.items():
         if group(stage).to_dict() != group(config).to_dict():
             raise RecJaxError(f"config.stage.{name}.{key}: all stages have the same features; set config.{key}")

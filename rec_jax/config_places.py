@@ -9,7 +9,10 @@ from rec_jax.types import RecJaxError
 
 INPUTS = {"gap": "times", "rating": "ratings"}  # what a place may know beside its item -> the column of the events that it is made of
 # The keys at values at which the tower is what it was before there were these keys, and so is a stage's fingerprint.
-OFF = {"layer": "attention", "positions": "learned", "inputs": (), "rating_edges": (), "time_bias": False, "session_gap": 0}
+OFF = {
+    "layer": "attention", "positions": "learned", "near_items": False, "inputs": (), "rating_edges": (), "time_bias": False,
+    "session_gap": 0,
+}  # fmt: skip
 
 
 def columns_read(inputs: Sequence[str], time_bias: bool, session_gap: int) -> tuple[str, ...]:

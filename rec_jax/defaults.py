@@ -124,6 +124,9 @@ def defaults() -> ConfigDict:
     c.towers.item.id_buckets = 0
     c.towers.item.id_hashes = 2
     c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
+    # Words of an item's text, and pairs of them, that have trained vectors of their own, whose mean is added: the rarest of those that two
+    # items or more have, and not more than a tenth of them; what a name or a series says, any item of it shows. 0 = none
+    c.towers.item.words = 0
     c.towers.item.features = ConfigDict()  # parameters of data.features; they begin so that an item is what its text says
     c.towers.item.features.dim = 0  # width of a feature's own vector, with fusion="concat"; 0 = towers.dim
     # buckets: a trained vector for each of `buckets` ranges that hold as many items | periodic: sines and cosines of `frequencies` learned
@@ -149,6 +152,9 @@ def defaults() -> ConfigDict:
     c.towers.user.layer = "attention"  # attention: softmax, then an MLP | hstu: HSTU's gated layer, SiLU for the softmax and no MLP
     # learned: a vector of each place | rotary: queries and keys turned by their place | relative: a bias of each head by distance | none
     c.towers.user.positions = "learned"
+    # The tower begins close to the identity, a user vector as that of the newest item (readout="mean": as the mean of the history's);
+    # False: all of it is drawn
+    c.towers.user.near_items = False
     c.towers.user.readout = "last"  # user vector: last, what the layers make of the newest item | mean, the mean over the whole history
     # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event); () = nothing. This key,
     # time_bias and session_gap read times of the events, or their ratings
@@ -374,7 +380,8 @@ def defaults() -> ConfigDict:
     c.eval.ease_max_items = 20000  # EASE inverts a matrix of all items (users where fewer): above this it is left out, and said so
     c.eval.ease_regularisation = 100.0
     c.eval.ease_popularity_power = 0.0  # EASE divides an item's events by its number of them to this power; 0 = as published
-    # "" = none | name of a baseline whose scores are added to those of the last stage, as a row of its own; weight chosen on validation
+    # "" = none | baselines whose scores are added to those of the last stage, as a row of its own, like "sequence_knn+text_knn"; weights
+    # chosen on validation, one after the other
     c.eval.fuse = ""
     c.eval.examples = ()  # histories (tuples of titles) whose top ten is printed at the end
 

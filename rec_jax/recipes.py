@@ -23,8 +23,10 @@ def sequences(c: ConfigDict) -> None:
     c.data.text.max_tokens = 64
     c.towers.dim = 128
     c.towers.user.mlp = 512
+    c.towers.user.near_items = True
     c.towers.item.ids = True
     c.towers.item.text_length = 1.0
+    c.towers.item.words = 32
     c.batch.history_rows = 1
     c.batch.history_length = 128
     c.batch.drop_events = 0.25
@@ -35,7 +37,7 @@ def sequences(c: ConfigDict) -> None:
     c.train.log_every = "100 steps"
     c.train.patience = 4
     c.eval.max_users = 5000
-    c.eval.fuse = "sequence_knn"
+    c.eval.fuse = "sequence_knn+text_knn"
 
 
 def sets(c: ConfigDict) -> None:
@@ -57,6 +59,7 @@ def sets(c: ConfigDict) -> None:
     c.towers.item.ids = True
     c.towers.user.positions = "none"
     c.towers.user.readout = "mean"
+    c.towers.user.near_items = True
     c.towers.user.layers = 0
     c.objectives.info_nce.temperature = 0.1
     c.objectives.info_nce.learn_temperature = False
@@ -93,8 +96,9 @@ def sasrec(c: ConfigDict, *, loss: str) -> None:
     Gold Loss: is BERT4Rec really better than SASRec?" (2023), for the softmax.
     """
     c.towers.dim, c.towers.normalize = 50, False
-    c.towers.item.text, c.towers.item.ids, c.towers.item.text_length = False, True, 0.0
+    c.towers.item.text, c.towers.item.ids, c.towers.item.text_length, c.towers.item.words = False, True, 0.0, 0
     c.towers.user.layers, c.towers.user.heads, c.towers.user.mlp, c.towers.user.dropout = 2, 1, 50, 0.5
+    c.towers.user.near_items = False
     c.batch.history_rows, c.batch.history_length = 2, 50
     c.batch.drop_events, c.objectives.info_nce.neighbour_share, c.objectives.info_nce.label_smoothing = 0.0, 0.0, 0.0
     c.objectives.bce.negatives, c.objectives.bce.draw = 1, "catalogue"

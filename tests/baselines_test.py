@@ -99,6 +99,22 @@ def test_ease_by_users_or_by_items_is_the_same(monkeypatch, users, power):
     np.testing.assert_allclose(scores, h @ weights, rtol=1e-4, atol=1e-5)
 
 
+def test_text_knn_is_its_formula():
+    table = np.random.default_rng(0).normal(size=(12, 5))
+    queries = Ragged.from_rows([[3, 1], [], [4, 0, 7, 2, 5, 6, 7]])
+    t = table - table.mean(0)
+    t = [row / np.sqrt(sum(x * x for x in row)) for row in t]
+    found = baselines.text_knn(table, recent=3, recency=0.5, sharpness=2.0)(queries)
+    for u in range(3):
+        newest = queries[u][::-1][:3].tolist()
+        for j in range(12):
+            wanted = sum(0.5**age * np.exp(2 * (float(t[i] @ t[j]) - 1)) for age, i in enumerate(newest))
+            assert found[u, j] == pytest.approx(wanted, rel=1e-4)
+    assert found.dtype == np.float32
+    with pytest.raises(RecJaxError, match="the catalogue has 0 to 11"):
+        baselines.text_knn(table)(Ragged.from_rows([[12]]))
+
+
 @pytest.mark.parametrize("name", baselines.BASELINES)
 def test_every_baseline_gives_float32_and_the_same_bits_twice(histories, name):
     first, second = (baselines.fit(name, histories, N)(QUERIES) for _ in range(2))

@@ -99,7 +99,7 @@ def test_neighbours_beside_the_model_have_figures_of_their_own(workdir):
     alone = json.loads((workdir / "fused" / "eval" / "test.json").read_text())
     assert figures["fused/ndcg@10"] == alone["test/ndcg@10"]
     assert figures["fused/test_all/hr@10"] == alone["test_all/hr@10"]
-    assert figures["fused/weight"] == alone["weight"]
+    assert figures["fused/weight/sequence_knn"] == alone["weight/sequence_knn"]
     out = run("rec_jax.eval.compare", f"--a={workdir}", f"--b=both={workdir}/fused").stdout
     assert "test ndcg@10: 60 users" in out
     refused = run("rec_jax.eval", f"--workdir={workdir}", "--config.towers.dim=8", code=2).stderr

@@ -1,4 +1,4 @@
-"""Items with every kind of feature: trained, measured again, recommended, gone on from; each kind on and off."""
+"""Items with every kind of feature, and words of their texts: trained, measured again, recommended, gone on from; each kind on and off."""
 
 import dataclasses
 import json
@@ -26,11 +26,15 @@ KINDS = {"categorical": "('brand',)", "multi_hot": "('tags',)", "numeric": "('pr
 COLORS = ("red", "green", "blue", "black", "white")
 
 
+def title(n):
+    return f"thing {n} lot{n // 2}"
+
+
 def item(n):
-    """Title, brand, tags and price; some lack them."""
+    """Title, brand, tags and price; some lack them. Two titles each have a word in common."""
     brand = "" if n % 7 == 0 else f"maker {n % 4}"
     tags = "" if n % 5 == 0 else ", ".join(dict.fromkeys((COLORS[n % 5], COLORS[n % 3])))
-    return f"thing {n}", brand, tags, "" if n % 6 == 0 else str(3.5 * n)
+    return title(n), brand, tags, "" if n % 6 == 0 else str(3.5 * n)
 
 
 def write(folder, users, items):
@@ -77,7 +81,11 @@ def test_training_lowers_the_loss_and_moves_every_feature(world):
     assert np.mean(found[-2:]) < found[0] - 0.1
     trained = model.load(world / "work", say=lambda _: None)
     params = trained.params["features"]
-    assert set(params) == {"categorical", "multi_hot", "numeric", "vectors"}
+    assert set(params) == {"categorical", "multi_hot", "numeric", "vectors", "words"}
+    known = json.loads((world / "work" / "features.json").read_text())["words"]["text"]["known"]
+    assert {f"lot{n}" for n in range(1, 15)} <= set(known)
+    assert np.all(np.any(params["words"]["text"]["embedding"][1:], axis=1))
+    assert not np.any(params["words"]["text"]["embedding"][0])
     assert np.all(np.any(params["categorical"]["brand"]["embedding"][1:], axis=1))
     assert np.any(params["multi_hot"]["tags"]["embedding"][1:])
     assert np.any(params["vectors"]["image"]["kernel"])
@@ -101,7 +109,7 @@ def test_another_evaluation_gives_the_same_figures(world):
 
 
 def test_recommends(world):
-    answer = Recommender(model.load(world / "work", say=lambda _: None)).recommend(["thing 3", "thing 4"], k=5)
+    answer = Recommender(model.load(world / "work", say=lambda _: None)).recommend([title(3), title(4)], k=5)
     assert len({r.item for r in answer} - {"3", "4"}) == 5
     assert all(np.isfinite(r.score) for r in answer)
 
@@ -146,13 +154,13 @@ def test_other_fusions_with_dropped_modalities_periodic_numbers_and_texts_in_the
 def test_each_kind_alone(kind, world, tmp_path):
     assert train(world / "data", tmp_path / "w", **{kind: everything(world / "data")[kind]}) == 0
     params = model.load(tmp_path / "w", say=lambda _: None).params
-    assert list(params["features"]) == [kind]
+    assert sorted(params["features"]) == sorted([kind, "words"])
     assert losses(tmp_path / "w") != losses(world / "work")
 
 
 def test_a_run_goes_on_with_new_categories_and_without_features(world, tmp_path):
     """The new data has other items first, brands in another order of first events, and two new items."""
-    lines = (world / "new" / "items.tsv").read_text().replace("thing 31\tmaker 3", "thing 31\tA new maker")
+    lines = (world / "new" / "items.tsv").read_text().replace(f"{title(31)}\tmaker 3", f"{title(31)}\tA new maker")
     (world / "new" / "items.tsv").write_text(lines)
     changes = everything(world / "new") | {"start.path": world / "work"}
     assert train(world / "new", tmp_path / "second", **changes) == 0
@@ -163,6 +171,9 @@ def test_a_run_goes_on_with_new_categories_and_without_features(world, tmp_path)
     assert second["categorical"]["brand"] == [*first["categorical"]["brand"], "A new maker"]
     assert second["numeric"] == first["numeric"]
     assert second["vectors"] == first["vectors"]
+    known = [x["words"]["text"]["known"] for x in (first, second)]
+    assert known[1][: len(known[0])] == known[0]
+    assert "lot15" in known[1][len(known[0]) :], "a word that one item had before"
     old, new = (model.load(w, say=lambda _: None) for w in (world / "work", tmp_path / "second"))
     assert new.params["features"]["categorical"]["brand"]["embedding"].shape == (6, 8)
     # Before its first step it made the old vectors of the old items, features and all.
@@ -171,7 +182,10 @@ def test_a_run_goes_on_with_new_categories_and_without_features(world, tmp_path)
     features, table = new.model.features, new.model.table
     grown = np.zeros((6, 8), np.float32)
     grown[:5] = old.params["features"]["categorical"]["brand"]["embedding"]
-    params = {**old.params, "features": {**old.params["features"], "categorical": {"brand": {"embedding": grown}}}}
+    of_words = np.zeros((len(known[1]) + 1, 8), np.float32)
+    of_words[: len(known[0]) + 1] = old.params["features"]["words"]["text"]["embedding"]
+    tables = {"categorical": {"brand": {"embedding": grown}}, "words": {"text": {"embedding": of_words}}}
+    params = {**old.params, "features": {**old.params["features"], **tables}}
     ids = np.zeros((len(table), 8), np.float32)
     ids[rows] = old.params["ids"]["embedding"][: len(names)]
     params["ids"] = {"embedding": ids}

@@ -46,7 +46,7 @@ def test_columns_become_numbers_by_hand(tmp_path):
     assert coding.categorical == {"brand": ["east", "north", "south"]}
     assert coding.multi_hot == {"tags": ["blue", "green", "red"]}
     assert coding.numeric == {"price": {"kind": "buckets", "buckets": 2, "edges": [20.0]}}
-    assert coding.sizes() == {"categorical": {"brand": 4}, "multi_hot": {"tags": 4}, "numeric": {"price": 3}, "vectors": {}}
+    assert coding.sizes() == {"categorical": {"brand": 4}, "multi_hot": {"tags": 4}, "numeric": {"price": 3}, "vectors": {}, "words": {}}
     arrays = coding.arrays(prepared)
     assert arrays["categorical"]["brand"].tolist() == [2, 3, 2, 0, 1]
     assert arrays["multi_hot"]["tags"].tolist() == [[3, 1], [1, 0], [0, 0], [3, 2], [1, 0]]

@@ -106,7 +106,8 @@ def test_the_weight_is_validations_best(model_knows):
     config, prepared, lines = tiny.config(**{"eval.fuse": "sequence_knn", "eval.k": (5, 10)}), World(), []
     neighbours = baselines.fit("sequence_knn", prepared.train_histories(), prepared.n_items)
     model = neighbours if model_knows else random_scorer(0)
-    ranked, weight = fusion.fused(config, prepared, model, "model", "test", lines.append)
+    ranked, weights = fusion.fused(config, prepared, model, "model", "test", lines.append, table=tiny.table)
+    (weight,) = weights.values()
     found = fusion.ndcg_of_weights(model, neighbours, prepared.eval_set("valid"), users_per_block=256)
     assert found[weight] == max(found.values())
     alone = rankings.evaluate_scores(model, prepared.eval_set("test"), ks=(5, 10)).metrics["test/ndcg@10"]
@@ -117,6 +118,24 @@ def test_the_weight_is_validations_best(model_knows):
         assert weight > 0
         assert ranked.metrics["test/ndcg@10"] > alone + 0.1
     assert f"model + sequence_knn: weight {weight:g} by validation's ndcg@10 (0: " in lines[0]
+
+
+def test_several_kinds_of_neighbours_join_one_after_the_other():
+    config, prepared, lines = tiny.config(**{"eval.fuse": "sequence_knn+text_knn", "eval.k": (10,)}), World(), []
+    prepared.texts = lambda: ["a text"] * tiny.N_ITEMS
+    model, valid = random_scorer(0), prepared.eval_set("valid")
+    ranked, weights = fusion.fused(config, prepared, model, "model", "test", lines.append, table=tiny.table)
+    knn, texts = baselines.fit("sequence_knn", prepared.train_histories(), tiny.N_ITEMS), baselines.text_knn(tiny.table())
+    found = fusion.ndcg_of_weights(fusion.together(model, knn, weights["sequence_knn"]), texts, valid, users_per_block=256)
+    assert found[weights["text_knn"]] == max(found.values())
+    both = fusion.together(fusion.together(model, knn, weights["sequence_knn"]), texts, weights["text_knn"])
+    again = rankings.evaluate_scores(both, prepared.eval_set("test"), ks=(10,))
+    assert ranked.metrics["test/ndcg@10"] == pytest.approx(again.metrics["test/ndcg@10"], abs=1e-12)
+    assert f"model + sequence_knn + text_knn: weight {weights['text_knn']:g} by" in lines[1]
+    prepared.texts = lambda: [""] * tiny.N_ITEMS
+    _, weights = fusion.fused(config, prepared, model, "model", "test", lines.append, table=tiny.table)
+    assert list(weights) == ["sequence_knn"]
+    assert lines[-1] == "  text_knn is left out: no item has a text"
 
 
 @pytest.mark.parametrize("rank_by", ["vectors", "task"])
@@ -135,8 +154,8 @@ def test_a_models_scorer_ranks_as_the_model_does(rank_by):
 
 def test_what_cannot_be_fused_is_said_before_training():
     fusion.check(tiny.config(**{"eval.fuse": "ease"}))
-    with pytest.raises(RecJaxError, match=r"config\.eval\.fuse='knn': expected one of , popularity"):
-        tiny.config(**{"eval.fuse": "knn"})
+    with pytest.raises(RecJaxError, match=r"config\.eval\.fuse='ease\+knn': expected names of popularity"):
+        tiny.config(**{"eval.fuse": "ease+knn"})
     with pytest.raises(RecJaxError, match=r"config\.eval\.baselines names 'knn': expected some of popularity"):
         tiny.config(**{"eval.baselines": ("popularity", "knn")})
     texts = tiny.config(**{"eval.fuse": "ease", "batch.kind": "texts", "towers.text.source": "tokens"})
@@ -149,4 +168,4 @@ def test_what_cannot_be_fused_is_said_before_training():
 
 
 def test_every_baseline_is_in_the_configs_list():
-    assert tuple(baselines.BASELINES) == config_lib.BASELINES
+    assert (*baselines.BASELINES, baselines.TEXT_KNN) == config_lib.BASELINES

@@ -66,6 +66,25 @@ def test_the_mean_readout_is_the_mean_of_the_own_past():
     assert np.isfinite(out).all()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layer": "hstu"}, {"positions": "rotary"}, {"readout": "mean"}, {"readout": "mean", "layers": 0, "positions": "none"}],
+    ids=str,
+)
+def test_a_tower_can_begin_near_its_items(changes):
+    drawn = dataclasses.replace(SPEC, dim=64, mlp=128, **changes)
+    x, ids = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9, 64)) / 8, jnp.float32), jnp.ones((3, 9), jnp.int32)
+    expected = np.cumsum(x, 1) if drawn.readout == "mean" else np.asarray(x)  # of the place's own item, or of the past's mean
+    cosines = []
+    for spec in (dataclasses.replace(drawn, near_items=True), drawn):
+        out = np.asarray(history.encode(history.init(jax.random.key(0), spec), spec, x, ids))
+        cosines.append(np.sum(out * expected, -1) / np.linalg.norm(out, axis=-1) / np.linalg.norm(expected, axis=-1))
+    assert cosines[0].min() > 0.95
+    assert np.abs(cosines[1]).mean() < 0.3
+    near, far = (jax.tree.map(jnp.shape, history.init(jax.random.key(0), s)) for s in (spec, drawn))
+    assert near == far
+
+
 def test_packed_histories_do_not_leak(params):
     x = vectors(1, 12)
     ids = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3])

@@ -17,8 +17,8 @@ import numpy as np
 import polars as pl
 from etils import epath
 
-from rec_jax.config_features import has_features
-from rec_jax.data import features
+from rec_jax.config_features import has_columns, has_features
+from rec_jax.data import features, words
 from rec_jax.data import vectors as vectors_lib
 from rec_jax.data.prepare import Prepared
 from rec_jax.data.start import start_of
@@ -37,12 +37,14 @@ class Coding:
       numeric: name -> {"kind": "buckets", "buckets": as the config has it, "edges": lowest value of each range but the first, ascending},
         or {"kind": "periodic", "mean", "scale": a standard deviation}.
       vectors: name -> {"mean": [D_v], "scale": root mean squared length of the centred vectors}.
+      words: {"text": {"most": words of an item that count, "known": the words of `words.known`, commonest first}}, or empty.
     """
 
     categorical: dict[str, list[str]]
     multi_hot: dict[str, list[str]]
     numeric: dict[str, dict[str, Any]]
     vectors: dict[str, dict[str, Any]]
+    words: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """Kind -> name -> rows of its table, the first for none; 0 for a number that is periodic, the width D_v for given vectors."""
@@ -52,20 +54,24 @@ class Coding:
             "multi_hot": {name: len(values) + 1 for name, values in self.multi_hot.items()},
             "numeric": {name: rows(c) for name, c in self.numeric.items()},
             "vectors": {name: len(c["mean"]) for name, c in self.vectors.items()},
+            "words": {name: len(c["known"]) + 1 for name, c in self.words.items()},
         }
 
     def arrays(self, prepared: Prepared) -> Arrays:
         """The features of a catalogue: categorical [N] int32, multi_hot [N, K] int32 (0 = no more), numeric [N] int32 ranges, 0 = none, or
-        [N] float32, NaN = none, vectors [N, D_v] float32, zero = none.
+        [N] float32, NaN = none, vectors [N, D_v] float32, zero = none, words [N, K] int32 (0 = no more).
 
         Raises:
           RecJaxError: given vectors of another width than the coding's.
         """
-        columns, out = features.read_columns(prepared.local), dict[str, dict[str, np.ndarray]]()
+        columns = features.read_columns(prepared.local) if self.categorical or self.multi_hot or self.numeric else {}
+        out = dict[str, dict[str, np.ndarray]]()
         out["categorical"] = {name: _numbers(columns["categorical"][name], values) for name, values in self.categorical.items()}
         out["multi_hot"] = {name: _padded(columns["multi_hot"][name], values) for name, values in self.multi_hot.items()}
         out["numeric"] = {name: _numeric(columns["numeric"][name].to_numpy(), c) for name, c in self.numeric.items()}
         out["vectors"] = {name: _scaled(features.read_vectors(prepared.local, name), c, name) for name, c in self.vectors.items()}
+        if self.words:
+            out["words"] = {name: words.numbers(prepared.texts(), c["known"], most=c["most"]) for name, c in self.words.items()}
         return out
 
 
@@ -75,11 +81,15 @@ def learn(config: Any, prepared: Prepared) -> Coding:
     Raises:
       RecJaxError: numbers that are all the same.
     """
+    most = config.towers.item.words
+    of_texts = {"text": {"most": most, "known": words.known(prepared.texts())}} if most else {}
+    if not has_columns(config):
+        return Coding({}, {}, {}, {}, of_texts)
     columns, f = features.read_columns(prepared.local), config.data.features
     categories = lambda kind: {name: _categories(columns[kind][name]) for name in f[kind]}
     numbers = {name: _coded(columns["numeric"][name].drop_nulls().to_numpy(), config.towers.item.features, name) for name in f.numeric}
     given = {name: _centre(features.read_vectors(prepared.local, name)) for name in vectors_lib.sources(f.vectors)}
-    return Coding(categories("categorical"), categories("multi_hot"), numbers, given)
+    return Coding(categories("categorical"), categories("multi_hot"), numbers, given, of_texts)
 
 
 def extended(old: Coding, new: Coding, place: str) -> Coding:
@@ -104,11 +114,13 @@ def extended(old: Coding, new: Coding, place: str) -> Coding:
                 )
     joined = lambda a, b: {name: [*a.get(name, ()), *(v for v in values if v not in set(a.get(name, ())))] for name, values in b.items()}
     kept = lambda a, b: {name: a.get(name, c) for name, c in b.items()}
+    known = joined(*({name: c["known"] for name, c in coding.words.items()} for coding in (old, new)))
     return Coding(
         joined(old.categorical, new.categorical),
         joined(old.multi_hot, new.multi_hot),
         kept(old.numeric, new.numeric),
         kept(old.vectors, new.vectors),
+        {name: {**c, "known": known[name]} for name, c in new.words.items()},
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from rec_jax.config import cache_dir
-from rec_jax.config_features import has_features
+from rec_jax.config_features import has_columns
 from rec_jax.data import folders, readers, vectors
 
 FORMAT = 1  # of the prepared folder; raise it when what is written changes
@@ -41,7 +41,7 @@ def settings_of(config: Any) -> dict[str, Any]:
         settings["text"].pop(key)
     # What was prepared before there were these settings stays what it is.
     settings["columns"] = {role: name for role, name in settings["columns"].items() if name or role not in NO_PART_EMPTY}
-    if has_features(config):
+    if has_columns(config):
         settings["features"]["vectors"] = sorted(vectors.sources(config.data.features.vectors))
     else:
         settings.pop("features")

@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 from etils import epath
 
-from rec_jax.config_features import has_features
+from rec_jax.config_features import has_columns
 from rec_jax.config_places import columns_of
 from rec_jax.data import features as features_lib
 from rec_jax.data import folders, places, readers, records, text
@@ -288,7 +288,7 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
         _say(f"writing {len(events.impressions[0]):,} impressions")
         shown = {"impressions": impressions_lib.write(*events.impressions, out)}
     features = {}
-    if has_features(config):
+    if has_columns(config):
         place = lambda item: item_place(rows[item])
         features = {
             "features": features_lib.write(named.select(pl.all().gather(rows)), items["item"].to_list(), config.data, report, out, place)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,15 +32,20 @@ TEXTS_TIMED = 512  # texts by which an encoder's speed is measured
 Metrics = dict[str, float]
 
 
-def measure_baselines(config: Any, prepared: Prepared, eval_set: EvalSet, split: str, say: Say) -> dict[str, Metrics]:
-    """Each baseline of `config.eval.baselines` fitted on the train events and ranked like the model -> name -> metrics."""
+def measure_baselines(
+    config: Any, prepared: Prepared, eval_set: EvalSet, split: str, say: Say, *, table: Callable[[], np.ndarray]
+) -> dict[str, Metrics]:
+    """Each baseline of `config.eval.baselines` fitted on the train events and ranked like the model -> name -> metrics.
+
+    `table` makes text vectors of the catalogue, for those that read them.
+    """
     e, out = config.eval, {}
     for name in e.baselines:
         if name == "ease" and min(eval_set.n_items, prepared.n_users) > e.ease_max_items:
             say(f"ease is left out: {eval_set.n_items:,} items, above eval.ease_max_items={e.ease_max_items:,}, and as many users")
             continue
         began = time.perf_counter()
-        scorer = baselines.of_config(name, config, prepared)
+        scorer = baselines.of_config(name, config, prepared, table)
         ranked = rankings.evaluate_scores(scorer, eval_set, ks=tuple(e.k), name=split, users_per_block=e.users_per_block)
         out[name] = _with_cold(ranked, prepared, split)
         say(f"  {name}: {time.perf_counter() - began:.0f} s")
@@ -170,16 +176,17 @@ def run(workdir: epath.PathLike, split: str = "test", *, overrides: Sequence[tup
     config = config_lib.for_stage(whole, whole.stages[-1]) if whole.stages else whole
     prepared, flat = prepare(config), dict(last)
     if rows:
-        others = measure_baselines(config, prepared, prepared.eval_set(split), split, say)
+        texts = functools.cache(lambda: _table(config, load_encoder(whole, prepared), prepared, say))
+        others = measure_baselines(config, prepared, prepared.eval_set(split), split, say, table=texts)
         if any(name.endswith(": texts alone") for name in rows):
-            encoder = load_encoder(whole, prepared)
-            others["texts alone"] = text_alone(config, _table(config, encoder, prepared, say), prepared.eval_set(split), split).metrics
+            others["texts alone"] = text_alone(config, texts(), prepared.eval_set(split), split).metrics
         flat |= _named(others, split)
         table = {**others, **rows}
         if config.eval.fuse:
-            row, both = _fuse(workdir, config, whole.stages[-1] if whole.stages else None, prepared, split, say)
+            row, both = _fuse(workdir, config, whole.stages[-1] if whole.stages else None, prepared, split, say, texts)
             table[row] = rows[row] = both
-            flat |= _named({fusion.FOLDER: both}, split) | {f"{fusion.FOLDER}/weight": both["weight"]}
+            weights = {f"{fusion.FOLDER}/{key}": value for key, value in both.items() if key.startswith("weight/")}
+            flat |= _named({fusion.FOLDER: both}, split) | weights
         titles = {split: "items of the history removed", f"{split}_all": "nothing removed"}
         if users := last.get(f"{split}_cold/users"):
             most = cold.most_seen(prepared.item_counts())
@@ -204,18 +211,21 @@ def run(workdir: epath.PathLike, split: str = "test", *, overrides: Sequence[tup
     return {**rows, **clicks, **pairs}
 
 
-def _fuse(workdir: epath.Path, config: Any, stage: str | None, prepared: Prepared, split: str, say: Say) -> tuple[str, Metrics]:
-    """Ranks the last stage and the baseline of config.eval.fuse together, writes its figures into `fusion.FOLDER` -> (row, metrics)."""
+def _fuse(
+    workdir: epath.Path, config: Any, stage: str | None, prepared: Prepared, split: str, say: Say, table: Callable[[], np.ndarray]
+) -> tuple[str, Metrics]:
+    """Ranks the last stage and the baselines of config.eval.fuse together, writes its figures into `fusion.FOLDER` -> (row, metrics)."""
     began, name = time.perf_counter(), stage or "model"
     trained = load(workdir, stage, say=say)
     model = trained.model.scorer(trained.params, trained.items)
-    ranked, weight = fusion.fused(config, prepared, model, name, split, say)
-    found, folder = {**_with_cold(ranked, prepared, split), "weight": weight}, workdir / fusion.FOLDER
+    ranked, weights = fusion.fused(config, prepared, model, name, split, say, table=table)
+    found = _with_cold(ranked, prepared, split) | {f"weight/{part}": weight for part, weight in weights.items()}
+    folder, row = workdir / fusion.FOLDER, " + ".join((name, *weights))
     report.write_json(folder / "eval" / f"{split}.json", found)
     users, fingerprint = prepared.eval_set(split).users, prepared.meta["fingerprint"]
     bootstrap.write_users(folder, split, users, ranked.per_user, fingerprint=fingerprint)
-    say(f"  {name} + {config.eval.fuse}: {time.perf_counter() - began:.0f} s")
-    return f"{name} + {config.eval.fuse}", found
+    say(f"  {row}: {time.perf_counter() - began:.0f} s")
+    return row, found
 
 
 def _named(others: dict[str, Metrics], split: str) -> Metrics:

@@ -2,6 +2,8 @@
 
     score(user, item) = model(user, item) / spread of the user's + weight * neighbours(user, item) / spread of the user's
 
+Where there are several kinds of neighbours, each joins what the model and those before it make together.
+
 A spread is the standard deviation of the user's scores over the catalogue, so that a weight means the same for every user and for scores of
 any scale. A user without neighbours is ranked by the model alone. Both scores of a block of users are made once and shared by all weights.
 """
@@ -99,17 +101,25 @@ def _ranks(
 
 
 def fused(
-    config: Any, prepared: Prepared, model: Scorer, name: str, split: str, say: Callable[[str], None]
-) -> tuple[rankings.Rankings, float]:
-    """Ranks `split` by the model and the baseline `config.eval.fuse` together -> (Rankings, the weight, chosen on validation).
+    config: Any,
+    prepared: Prepared,
+    model: Scorer,
+    name: str,
+    split: str,
+    say: Callable[[str], None],
+    *,
+    table: Callable[[], np.ndarray],
+) -> tuple[rankings.Rankings, dict[str, float]]:
+    """Ranks `split` by the model and the baselines of `config.eval.fuse` together -> (Rankings, their weights, chosen on validation).
 
-    The baseline is fitted on the train events, as for its own row, so that neither knows the validation items when the weight is chosen;
+    A baseline is fitted on the train events, as for its own row, so that neither knows the validation items when the weight is chosen;
     on test both have them in their histories.
 
     Args:
       config: of the last stage.
       model: its scores of histories.
       name: of the model, to be said.
+      table: makes the text vectors of the catalogue, for those that read them. Where no item has a text, they are left out.
 
     Raises:
       RecJaxError: no validation users.
@@ -117,10 +127,16 @@ def fused(
     e, valid = config.eval, prepared.eval_set("valid")
     if not len(valid.users):
         raise RecJaxError(f"config.eval.fuse={e.fuse!r} chooses its weight on validation, and this split has no validation users")
-    neighbours = baselines.of_config(e.fuse, config, prepared)
-    found = ndcg_of_weights(model, neighbours, valid, users_per_block=e.users_per_block)
-    weight = max(found, key=lambda w: (found[w], -w))
-    grid = ", ".join(f"{w:g}: {value:.4f}" for w, value in found.items())
-    say(f"  {name} + {e.fuse}: weight {weight:g} by validation's ndcg@{CHOSEN_BY} ({grid})")
-    both = together(model, neighbours, weight)
-    return rankings.evaluate_scores(both, prepared.eval_set(split), ks=tuple(e.k), name=split, users_per_block=e.users_per_block), weight
+    both, weights = model, dict[str, float]()
+    for part in config_lib.fused(config):
+        if part == baselines.TEXT_KNN and not any(prepared.texts()):
+            say(f"  {part} is left out: no item has a text")
+            continue
+        neighbours = baselines.of_config(part, config, prepared, table)
+        found = ndcg_of_weights(both, neighbours, valid, users_per_block=e.users_per_block)
+        weights[part] = max(found, key=lambda w: (found[w], -w))
+        grid = ", ".join(f"{w:g}: {value:.4f}" for w, value in found.items())
+        name = f"{name} + {part}"
+        say(f"  {name}: weight {weights[part]:g} by validation's ndcg@{CHOSEN_BY} ({grid})")
+        both = together(both, neighbours, weights[part])
+    return rankings.evaluate_scores(both, prepared.eval_set(split), ks=tuple(e.k), name=split, users_per_block=e.users_per_block), weights

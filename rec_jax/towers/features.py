@@ -1,8 +1,8 @@
 """Features of items in the item tower: their own vectors, and how these join the vector of text and ID.
 
-A categorical feature has a table of vectors, a multi-hot one too (an item gets the mean of its values'). A number has a table by ranges, or
-sines and cosines of learned frequencies through a linear map; given vectors go through a linear map. All of these begin at zero: an item
-begins as what its text says. What an item lacks adds nothing; of a number, "none" has a learned vector.
+A categorical feature has a table of vectors, a multi-hot one too (an item gets the mean of its values'), and so have words of texts. A
+number has a table by ranges, or sines and cosines of learned frequencies through a linear map; given vectors go through a linear map. All
+of these begin at zero: an item begins as what its text says. What an item lacks adds nothing; of a number, "none" has a learned vector.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rec_jax.towers.dropout import fold
 from rec_jax.types import Array, Params
 
-KINDS = ("categorical", "multi_hot", "numeric", "vectors")
+KINDS = ("categorical", "multi_hot", "numeric", "vectors", "words")
 Rows = Mapping[str, Any]  # kind -> name -> one row an item, and "kept" [..., F] where some are dropped
 
 
@@ -29,6 +29,7 @@ class FeatureSpec:
       categorical, multi_hot: (name, rows of the table) pairs; row 0 is that of none.
       numeric: (name, rows of the table) pairs; 0 rows = periodic.
       vectors: (name, D_v) pairs.
+      words: (name, rows of the table) pairs; row 0 is that of none.
       dim: width of a feature's own vector.
       fusion: "sum", "concat" or "gate".
       dropout: probability that a training step does not know a feature of an item.
@@ -40,6 +41,7 @@ class FeatureSpec:
     numeric: tuple[tuple[str, int], ...]
     vectors: tuple[tuple[str, int], ...]
     dim: int
+    words: tuple[tuple[str, int], ...] = ()
     fusion: str = "sum"
     dropout: float = 0.0
     frequencies: int = 8
@@ -54,7 +56,7 @@ class FeatureSpec:
 def make_spec(item: Any, sizes: Mapping[str, Mapping[str, int]], dim: int) -> FeatureSpec:
     """`config.towers.item`, kind -> name -> size, towers.dim -> spec."""
     f = item.features
-    pairs = {kind: tuple(sizes[kind].items()) for kind in KINDS}
+    pairs = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
     return FeatureSpec(
         **pairs, dim=f.dim or dim, fusion=item.fusion, dropout=item.modality_dropout, frequencies=f.frequencies, sigma=f.sigma
     )
@@ -142,4 +144,4 @@ def _vectors(params: Params, values: jax.Array) -> jax.Array:
     return values @ params["kernel"]
 
 
-_PARTS = {"categorical": _categorical, "multi_hot": _multi_hot, "numeric": _numeric, "vectors": _vectors}
+_PARTS = {"categorical": _categorical, "multi_hot": _multi_hot, "numeric": _numeric, "vectors": _vectors, "words": _multi_hot}

@@ -29,6 +29,9 @@ def places_seen(segment_ids: jax.Array, *, causal: bool) -> jax.Array:
     return same & (places[:, None] >= places[None, :])
 
 
+NEAR = 0.1  # of what layers and positions add in a tower that begins near its items
+
+
 class _History(nn.Module):
     spec: HistorySpec
 
@@ -67,6 +70,10 @@ class _History(nn.Module):
 def init(key: jax.Array, spec: HistorySpec) -> Params:
     """Parameters of a history tower; `mask` [D] is of about unit length, as item vectors are.
 
+    With `spec.near_items` the first and the last linear map are the identity, and what layers and positions add is NEAR times as large as
+    it is drawn: a user begins near the items of the history, so that what is similar by text counts from the first step on, and for items
+    that are seldom seen. A tower that is drawn has to find out first that an item's neighbours are near it, from the items it sees.
+
     Raises:
       RecJaxError: ratings are read, and no ranges of them are given.
     """
@@ -74,7 +81,17 @@ def init(key: jax.Array, spec: HistorySpec) -> Params:
         raise RecJaxError("the history tower reads ratings and has no ranges of them: set HistorySpec.ratings (data.places.rating_edges)")
     places = jnp.ones((1, 2), jnp.int32)
     params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), places, places, places.astype(jnp.float32), None)["params"]
+    params = _near_items(params, spec) if spec.near_items else params
     return {**params, "mask": jax.random.normal(fold(key, "mask"), (spec.dim,)) * spec.dim**-0.5} if spec.mask else params
+
+
+def _near_items(params: Params, spec: HistorySpec) -> Params:
+    smaller = lambda part: jax.tree.map(lambda x: NEAR * x, part)
+    out = {**params, "in": {"kernel": jnp.eye(spec.dim)}, "project": {"kernel": jnp.eye(spec.dim)}}
+    out |= {name: smaller(params[name]) for name in ("position",) if name in params}
+    for name in (f"layer_{n}" for n in range(spec.layers)):
+        out[name] = {**params[name], **{last: smaller(params[name][last]) for last in ("out", "mlp_out") if last in params[name]}}
+    return out
 
 
 def encode(

@@ -33,6 +33,7 @@ class HistorySpec:
         is for the item that is hidden there.
       interests: K, user vectors of a place.
       readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
+      near_items: the tower begins close to the identity: a user vector as that of the newest item, or as the mean of the history's.
     """
 
     dim: int
@@ -51,6 +52,7 @@ class HistorySpec:
     causal: bool = True
     interests: int = 1
     readout: str = "last"
+    near_items: bool = False
 
     def __post_init__(self) -> None:
         for key, names, known in (

@@ -138,7 +138,8 @@ def make_spec(
         kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
         forms = {"mask": mask or not causal, "causal": causal, "interests": u.interests, "readout": u.readout}
-        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, **kinds, **times, **forms)
+        starts = {"near_items": u.near_items}
+        tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, **kinds, **times, **forms, **starts)
     return TwoTowerSpec(
         dim=towers.dim,
         normalize=towers.normalize,

@@ -108,7 +108,7 @@ def _may_grow(name: str, old: tuple[int, ...] | None, new: tuple[int, ...] | Non
     _, kind, *_ = name.split("/")
     if new is None or old is None:
         return new is not None and kind != "fusion"
-    return kind in ("categorical", "multi_hot") and old[0] <= new[0] and old[1:] == new[1:]
+    return kind in ("categorical", "multi_hot", "words") and old[0] <= new[0] and old[1:] == new[1:]
 
 
 def _differ(name: str, old: Mapping[str, Any], new: Mapping[str, Any], place: str) -> str:

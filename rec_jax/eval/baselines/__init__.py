@@ -1,7 +1,8 @@
-"""Baselines without a network: popularity, neighbours, linear models, matrix factorisation.
+"""Baselines without a network of their own: popularity, neighbours, linear models, matrix factorisation.
 
 Each is `fit(train, n_items=N, ...) -> scorer` with `train` the users' histories in catalogue indices, oldest first; a scorer takes
 histories (those known at scoring time, e.g. with the validation item) and gives scores [q, N] float32. NumPy and SciPy only, deterministic.
+`text_knn` is fitted on no events, but on text vectors of the catalogue.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from rec_jax.eval.baselines.linear import ease
 from rec_jax.eval.baselines.neighbours import item_knn, sequence_knn
 from rec_jax.eval.baselines.pairwise import bpr
 from rec_jax.eval.baselines.popular import popularity, recent_popularity
+from rec_jax.eval.baselines.texts import text_knn
 from rec_jax.types import Ragged, RecJaxError
 
-__all__ = ["BASELINES", "Scorer", "fit", "of_config"]
+__all__ = ["BASELINES", "TEXT_KNN", "Scorer", "fit", "of_config", "text_knn"]
+
+TEXT_KNN = "text_knn"  # beside BASELINES, which know no texts
 
 BASELINES: dict[str, Callable[..., Scorer]] = {
     "popularity": popularity,
@@ -44,12 +48,20 @@ def fit(name: str, train: Ragged, n_items: int, **options: Any) -> Scorer:
     return BASELINES[name](train, n_items=n_items, **options)
 
 
-def of_config(name: str, config: Any, prepared: Prepared) -> Scorer:
+def of_config(name: str, config: Any, prepared: Prepared, table: Callable[[], np.ndarray]) -> Scorer:
     """A baseline fitted on the train events of prepared data, with what the config and the data say of it.
+
+    Args:
+      name: of BASELINES, or TEXT_KNN.
+      config: of a stage.
+      prepared: the data.
+      table: makes the text vectors of the catalogue [N, D_text]; called for TEXT_KNN alone.
 
     Raises:
       RecJaxError: as `fit`.
     """
+    if name == TEXT_KNN:
+        return text_knn(table())
     options: dict[str, Any] = {}
     if name == "ease":
         e = config.eval
