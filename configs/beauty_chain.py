@@ -23,6 +23,7 @@ def get_config(arg=None):
     c.objectives.info_nce.label_smoothing = 0.0
     c.batch.drop_events = 0.0
     c.towers.user.near_items, c.towers.item.words = False, 0
+    c.optimizer.learning_rate = 3e-3
     c.eval.fuse = "sequence_knn"
 
     recipes.four_stages(c, pretrain="100 steps", task="2 epochs", distill="3 epochs")

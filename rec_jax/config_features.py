@@ -9,6 +9,7 @@ from rec_jax.types import RecJaxError
 
 # Keys that mean nothing where no feature is named: what was made before there were these keys stays what it is.
 FEATURES = ("categorical", "multi_hot", "numeric", "vectors")  # kinds of config.data.features
+USER_KEYS = ("data.users", "data.user_features")  # likewise, where no feature of users is named
 FEATURE_KEYS = (
     "data.features", "data.on_bad.missing_feature", "data.on_bad.bad_feature", "towers.item.features", "towers.item.fusion",
     "towers.item.modality_dropout", "towers.item.words",
@@ -25,20 +26,28 @@ def has_features(config: ConfigDict) -> bool:
     return has_columns(config) or config.towers.item.words > 0
 
 
+def has_user_features(config: ConfigDict) -> bool:
+    """Whether the history tower reads features of users."""
+    return any(config.data.user_features.values())
+
+
 def check_features(config: ConfigDict) -> None:
     """Raises RecJaxError for features that are named twice or cannot be parameters' names, and for keys that do not go together."""
     features, item = config.data.features, config.towers.item
-    for kind in FEATURES:
-        names = features[kind]
-        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
-            raise RecJaxError(f"config.data.features.{kind}={names!r}: expected names, like ('name',)")
-        again = [name for n, name in enumerate(names) if name in names[:n]]
-        if again:
-            raise RecJaxError(f"config.data.features.{kind} names {again[0]!r} twice")
-        wrong = [name for name in names if kind != "vectors" and "/" in name]
-        if wrong:
-            raise RecJaxError(f"config.data.features.{kind} names {wrong[0]!r}: a feature's name is part of its parameters', without '/'")
-    if features.multi_hot and not features.separator.strip():
+    for group in ("features", "user_features"):
+        for kind in (kind for kind in FEATURES if kind in config.data[group]):
+            _check_names(f"config.data.{group}.{kind}", config.data[group][kind], paths=kind == "vectors")
+    if bool(config.data.users) != has_user_features(config):
+        raise RecJaxError(
+            f"config.data.users={config.data.users!r} and config.data.user_features go together: name the file, and columns of it; or "
+            "neither"
+        )
+    if has_user_features(config) and (config.towers.user.kind != "history" or config.batch.cloze):
+        raise RecJaxError(
+            "config.data.user_features are read by a history tower that sees the past alone: set config.towers.user.kind='history' and "
+            "config.batch.cloze=0, or name none"
+        )
+    if (features.multi_hot or config.data.user_features.multi_hot) and not features.separator.strip():
         raise RecJaxError(f"config.data.features.separator={features.separator!r}: expected a character that no value has, like ',' or '|'")
     if item.words < 0:
         raise RecJaxError(f"config.towers.item.words={item.words!r}: must be at least 0; 0 = no words")
@@ -60,9 +69,21 @@ def check_features(config: ConfigDict) -> None:
         )
 
 
+def _check_names(key: str, names: object, *, paths: bool) -> None:
+    if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+        raise RecJaxError(f"{key}={names!r}: expected names, like ('name',)")
+    again = [name for n, name in enumerate(names) if name in names[:n]]
+    if again:
+        raise RecJaxError(f"{key} names {again[0]!r} twice")
+    wrong = [name for name in names if not paths and "/" in name]
+    if wrong:
+        raise RecJaxError(f"{key} names {wrong[0]!r}: a feature's name is part of its parameters', without '/'")
+
+
 def check_stage(config: ConfigDict, name: str, stage: ConfigDict) -> None:
     """Raises RecJaxError unless a stage's config has the features of the whole: one coding, and the same parameters, serve all stages."""
-    groups = {"data.features": lambda c: c.data.features, "towers.item.features": lambda c: c.towers.item.features}
+    groups = {"data.features": lambda c: c.data.features, "data.user_features": lambda c: c.data.user_features}
+    groups |= {"towers.item.features": lambda c: c.towers.item.features}
     if config.towers.item.words != stage.towers.item.words:
         raise RecJaxError(f"config.stage.{name}.towers.item.words: all stages have the same words; set config.towers.item.words")
     for key, group in groups.items():

@@ -8,6 +8,7 @@ from typing import Any
 from rec_jax.types import RecJaxError
 
 INPUTS = {"gap": "times", "rating": "ratings"}  # what a place may know beside its item -> the column of the events that it is made of
+USERS = "users"  # the column that says whose an event is, where a tower reads features of users
 # The keys at values at which the tower is what it was before there were these keys, and so is a stage's fingerprint.
 OFF = {
     "layer": "attention", "positions": "learned", "near_items": False, "inputs": (), "rating_edges": (), "time_bias": False,
@@ -28,6 +29,7 @@ def columns_of(config: Any) -> tuple[str, ...]:
         user = {**config.towers.user.to_dict(), **over.get("towers", {}).get("user", {})}
         if user["kind"] == "history":
             out.update(columns_read(user["inputs"], user["time_bias"], user["session_gap"]))
+            out.update((USERS,) if any(config.data.user_features.values()) else ())
     return tuple(sorted(out))
 
 

@@ -41,6 +41,13 @@ def defaults() -> ConfigDict:
     c.data.features.numeric = ()  # columns with a number a cell
     # Files of vectors by item id (of images, audio, ...), PATH or NAME=PATH each: .npz or .safetensors with `ids` and `vectors`, .parquet
     c.data.features.vectors = ()
+    c.data.users = ""  # Parquet, CSV or TSV with user_id and columns of user_features; users whom it lacks have none. "" = no such file
+    # Columns of data.users that the history tower reads: their vectors are added at each place of a user's history. Friends are a
+    # multi-hot column of their ids. Kinds, policies (an `item` there is a user here) and separator as for data.features
+    c.data.user_features = ConfigDict()
+    c.data.user_features.categorical = ()
+    c.data.user_features.multi_hot = ()
+    c.data.user_features.numeric = ()
     c.data.filter = ConfigDict()
     c.data.filter.min_rating = 0.0  # an event is a positive if its rating is at least this; others are dropped and counted
     c.data.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off

@@ -26,8 +26,8 @@ _BOTH = ("fsdp", "tensor")
 # embedding tables lie by rows. The specs behind the first are for sizes that the mesh does not divide; () is whole on every device.
 # Reference: Shoeybi et al., "Megatron-LM" (2019), section 3.
 SHARDED: Rules = (
-    (r"features/.*/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
-    (r"features/.*/(frequency|missing)", ()),
+    (r"(user/)?features/.*/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
+    (r"(user/)?features/.*/(frequency|missing)", ()),
     (r"(ids|users)/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
     (r"text/embeddings/word/embedding", (_BOTH,), ("fsdp", "tensor"), (None, _BOTH), ("fsdp",), (None, "fsdp"), ()),
     (r".*/(position|token_type|gap|rating)/embedding", ("fsdp",), (None, "fsdp"), ()),

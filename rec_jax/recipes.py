@@ -29,10 +29,10 @@ def sequences(c: ConfigDict) -> None:
     c.towers.item.words = 32
     c.batch.history_rows = 1
     c.batch.history_length = 128
-    c.batch.drop_events = 0.25
-    c.objectives.info_nce.neighbour_share = 0.3
+    c.batch.drop_events = 0.15
+    c.objectives.info_nce.neighbour_share = 0.2
     c.objectives.info_nce.label_smoothing = 0.2
-    c.optimizer.beta2 = 0.999
+    c.optimizer.learning_rate, c.optimizer.beta2 = 1.2e-3, 0.999
     c.train.duration, c.train.adapt = "auto", True
     c.train.log_every = "100 steps"
     c.train.patience = 4

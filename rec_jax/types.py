@@ -112,6 +112,7 @@ class Batch:
       history_times: [G, H, S] int32, seconds since the first event of the place's window, -1 is unknown. None unless the history tower
         reads times.
       history_ratings: [G, H, S] float32, rating of each place's event, NaN is unknown. None unless the history tower reads ratings.
+      history_users: [G, H, S] int32, row of the users table of each place, -1 is none. None unless the tower reads features of users.
       user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
       user_segments: [G, R, T] int32.
       user_places: [G, Q] int32, where each query's pooled vector stands in the flattened [R * K].
@@ -145,6 +146,7 @@ class Batch:
     history_segments: Any = None
     history_times: Any = None
     history_ratings: Any = None
+    history_users: Any = None
     user_tokens: Any = None
     user_segments: Any = None
     user_places: Any = None

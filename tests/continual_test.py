@@ -11,7 +11,7 @@ import tiny
 from etils import epath
 
 from rec_jax import config as config_lib
-from rec_jax.config_features import FEATURE_KEYS
+from rec_jax.config_features import FEATURE_KEYS, USER_KEYS
 from rec_jax.config_places import OFF
 from rec_jax.data import pipeline, prepare, start, vocabulary, windows
 from rec_jax.eval import continual, model, rankings
@@ -224,7 +224,14 @@ def test_figures_of_a_tiny_world_by_hand():
 
 # -- the whole --
 
-TINY = {**tiny.FLAGS, "train.duration": "12 steps", "train.eval_every": "6 steps", "train.checkpoint_every": "6 steps"}
+# tests/features_end_to_end_test.py goes on with new words.
+TINY = {
+    **tiny.FLAGS,
+    "towers.item.words": 0,
+    "train.duration": "12 steps",
+    "train.eval_every": "6 steps",
+    "train.checkpoint_every": "6 steps",
+}
 
 
 def train(folder, workdir, **changes):
@@ -374,7 +381,7 @@ def test_a_fingerprint_without_a_start_is_what_it_was():
     for key in ("start", "mesh", *chain.FREE_KEYS[1:]):
         *groups, name = key.split(".")
         (config_lib.get(kept, ".".join(groups)) if groups else kept).pop(name)
-    for key in FEATURE_KEYS:
+    for key in (*FEATURE_KEYS, *USER_KEYS):
         *groups, name = key.split(".")
         config_lib.get(kept, ".".join(groups)).pop(name)
     for name in OFF:

@@ -83,12 +83,12 @@ def test_numbers_in_standard_deviations(tmp_path):
 def test_ranges_hold_as_many_items_each(tmp_path):
     values = np.random.default_rng(0).lognormal(size=1000)
     settings = config_lib.defaults().towers.item.features
-    coded = feature_codes._coded(values, settings, "x")
+    coded = feature_codes._coded(values, settings, "x", "config.data.features")
     counts = np.bincount(feature_codes._numeric(values, coded))
     assert len(counts) == 17
     assert counts[0] == 0
     assert np.ptp(counts[1:]) <= 1
-    again = feature_codes._coded(np.array([0.0] * 90 + [1.0] * 10), settings, "x")  # most ranges are one
+    again = feature_codes._coded(np.array([0.0] * 90 + [1.0] * 10), settings, "x", "config.data.features")  # most ranges are one
     assert again["edges"] == [1.0]
 
 
@@ -149,7 +149,7 @@ def test_a_workdir_keeps_its_coding(tmp_path):
     assert feature_codes.kept(tmp_path / "work") == coding
     assert json.loads((tmp_path / "work" / "features.json").read_text())["categorical"]["brand"][0] == "east"
     feature_codes.keep(epath.Path(tmp_path / "none"), None)
-    with pytest.raises(RecJaxError, match=r"none has features of items and no features.json .*run its training command again"):
+    with pytest.raises(RecJaxError, match=r"none has features and no features.json .*run its training command again"):
         feature_codes.kept(tmp_path / "none")
 
 

@@ -122,7 +122,7 @@ def test_the_weight_is_validations_best(model_knows):
 
 def test_several_kinds_of_neighbours_join_one_after_the_other():
     config, prepared, lines = tiny.config(**{"eval.fuse": "sequence_knn+text_knn", "eval.k": (10,)}), World(), []
-    prepared.texts = lambda: ["a text"] * tiny.N_ITEMS
+    prepared.texts, prepared.item_ids = lambda: ["a text"] * tiny.N_ITEMS, lambda: list(map(str, range(tiny.N_ITEMS)))
     model, valid = random_scorer(0), prepared.eval_set("valid")
     ranked, weights = fusion.fused(config, prepared, model, "model", "test", lines.append, table=tiny.table)
     knn, texts = baselines.fit("sequence_knn", prepared.train_histories(), tiny.N_ITEMS), baselines.text_knn(tiny.table())
@@ -132,7 +132,7 @@ def test_several_kinds_of_neighbours_join_one_after_the_other():
     again = rankings.evaluate_scores(both, prepared.eval_set("test"), ks=(10,))
     assert ranked.metrics["test/ndcg@10"] == pytest.approx(again.metrics["test/ndcg@10"], abs=1e-12)
     assert f"model + sequence_knn + text_knn: weight {weights['text_knn']:g} by" in lines[1]
-    prepared.texts = lambda: [""] * tiny.N_ITEMS
+    prepared.texts = prepared.item_ids
     _, weights = fusion.fused(config, prepared, model, "model", "test", lines.append, table=tiny.table)
     assert list(weights) == ["sequence_knn"]
     assert lines[-1] == "  text_knn is left out: no item has a text"

@@ -29,7 +29,7 @@ class BatchSpec:
       negative_items: places of M for them where nothing is encoded; see `with_negatives`.
       views: how two views of each packed history are made; None = none.
       drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
-      columns: of the records, that travel with the places of histories: some of "times" and "ratings".
+      columns: of the records, that travel with the places of histories: some of "times", "ratings" and "users".
       cloze: what of a window is hidden and sought; None: each place seeks the next item.
       shuffle_events: the events of a window come in random order, drawn anew each epoch.
     """
@@ -292,6 +292,7 @@ class Draft:
         if self._spec.user_kind == "history":
             out.history, out.history_segments = self._history, self._segments
             out.history_times, out.history_ratings = self._columns.get("times"), self._columns.get("ratings")
+            out.history_users = self._columns.get("users")
             if self._spec.views is not None:
                 out.view_history, out.view_segments = self._views, self._view_segments
                 out.view_places, out.view_targets = self._view_places, self._view_targets

@@ -64,14 +64,18 @@ class Coding:
         Raises:
           RecJaxError: given vectors of another width than the coding's.
         """
-        columns = features.read_columns(prepared.local) if self.categorical or self.multi_hot or self.numeric else {}
+        out = self.of_columns(features.read_columns(prepared.local)) if self.categorical or self.multi_hot or self.numeric else {}
+        out["vectors"] = {name: _scaled(features.read_vectors(prepared.local, name), c, name) for name, c in self.vectors.items()}
+        if self.words:
+            out["words"] = {name: words.numbers(prepared.texts(), c["known"], most=c["most"]) for name, c in self.words.items()}
+        return {kind: {} for kind in features.COLUMNS} | out
+
+    def of_columns(self, columns: Mapping[str, Mapping[str, pl.Series]]) -> Arrays:
+        """Kind -> name -> values [N] -> the arrays of categorical, multi-hot and numeric features; see `arrays`."""
         out = dict[str, dict[str, np.ndarray]]()
         out["categorical"] = {name: _numbers(columns["categorical"][name], values) for name, values in self.categorical.items()}
         out["multi_hot"] = {name: _padded(columns["multi_hot"][name], values) for name, values in self.multi_hot.items()}
         out["numeric"] = {name: _numeric(columns["numeric"][name].to_numpy(), c) for name, c in self.numeric.items()}
-        out["vectors"] = {name: _scaled(features.read_vectors(prepared.local, name), c, name) for name, c in self.vectors.items()}
-        if self.words:
-            out["words"] = {name: words.numbers(prepared.texts(), c["known"], most=c["most"]) for name, c in self.words.items()}
         return out
 
 
@@ -85,11 +89,17 @@ def learn(config: Any, prepared: Prepared) -> Coding:
     of_texts = {"text": {"most": most, "known": words.known(prepared.texts())}} if most else {}
     if not has_columns(config):
         return Coding({}, {}, {}, {}, of_texts)
-    columns, f = features.read_columns(prepared.local), config.data.features
-    categories = lambda kind: {name: _categories(columns[kind][name]) for name in f[kind]}
-    numbers = {name: _coded(columns["numeric"][name].drop_nulls().to_numpy(), config.towers.item.features, name) for name in f.numeric}
+    f = config.data.features
     given = {name: _centre(features.read_vectors(prepared.local, name)) for name in vectors_lib.sources(f.vectors)}
-    return Coding(categories("categorical"), categories("multi_hot"), numbers, given, of_texts)
+    of_columns = learn_columns(features.read_columns(prepared.local), f, "config.data.features", config.towers.item.features)
+    return dataclasses.replace(of_columns, vectors=given, words=of_texts)
+
+
+def learn_columns(columns: Mapping[str, Mapping[str, pl.Series]], names: Any, key: str, settings: Any) -> Coding:
+    """Kind -> name -> values [N] -> the coding of those that a group of config.data, `key`, names; `settings` say how numbers are coded."""
+    categories = lambda kind: {name: _categories(columns[kind][name]) for name in names[kind]}
+    numbers = {name: _coded(columns["numeric"][name].drop_nulls().to_numpy(), settings, name, key) for name in names.numeric}
+    return Coding(categories("categorical"), categories("multi_hot"), numbers, {})
 
 
 def extended(old: Coding, new: Coding, place: str) -> Coding:
@@ -140,26 +150,24 @@ def of_run(config: Any, prepared: Prepared) -> Coding | None:
     return made
 
 
-def keep(workdir: epath.Path, coding: Coding | None, *, write: bool = True) -> None:
+def keep(workdir: epath.Path, coding: Coding | None, *, write: bool = True, name: str = FILE) -> None:
     """Writes the coding into a workdir, whole or not at all. `write`: this process does."""
     if coding is not None and write:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / (FILE + ".tmp")
+        temporary = workdir / (name + ".tmp")
         temporary.write_text(json.dumps(dataclasses.asdict(coding), ensure_ascii=False) + "\n")
-        temporary.replace(workdir / FILE)
+        temporary.replace(workdir / name)
 
 
-def kept(workdir: epath.PathLike) -> Coding:
+def kept(workdir: epath.PathLike, name: str = FILE) -> Coding:
     """The coding that `keep` has written.
 
     Raises:
       RecJaxError: there is none.
     """
-    file = epath.Path(workdir) / FILE
+    file = epath.Path(workdir) / name
     if not file.exists():
-        raise RecJaxError(
-            f"{workdir} has features of items and no {FILE} that says what their numbers mean: run its training command again"
-        )
+        raise RecJaxError(f"{workdir} has features and no {name} that says what their numbers mean: run its training command again")
     return Coding(**json.loads(file.read_text()))
 
 
@@ -187,10 +195,10 @@ def _padded(values: pl.Series, categories: list[str]) -> np.ndarray:
     return out
 
 
-def _coded(values: np.ndarray, settings: Any, name: str) -> dict[str, Any]:
+def _coded(values: np.ndarray, settings: Any, name: str, key: str) -> dict[str, Any]:
     """Numbers [n] -> how they are coded."""
     if values.min() == values.max():
-        raise RecJaxError(f"config.data.features.numeric names {name!r}, which is {values.min():g} wherever it is there; leave it out")
+        raise RecJaxError(f"{key}.numeric names {name!r}, which is {values.min():g} wherever it is there; leave it out")
     if settings.numeric == "periodic":
         return {"kind": "periodic", "mean": float(values.mean()), "scale": float(values.std())}
     cuts = np.quantile(values, np.arange(1, settings.buckets) / settings.buckets, method="inverted_cdf")

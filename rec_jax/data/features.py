@@ -18,27 +18,29 @@ import numpy as np
 import polars as pl
 
 from rec_jax.data import vectors as vectors_lib
+from rec_jax.data.readers import item_file
 from rec_jax.data.tables import Report, bad_input
 from rec_jax.types import RecJaxError
 
 COLUMNS = ("categorical", "multi_hot", "numeric")  # kinds of config.data.features that are columns
 FILE, FOLDER = "features.parquet", "vectors"
+USER_FILE = "user_features.parquet"  # of users, in index order, likewise
 
 
-def columns_of(items: pl.DataFrame, data: Any) -> pl.DataFrame:
-    """The columns of the items table that `config.data.features` names, as text.
+def columns_of(table: pl.DataFrame, data: Any, group: str = "features", what: str = "items") -> pl.DataFrame:
+    """The columns of a table that `config.data.features` names, or another group of `config.data`, as text; `what` it is of, in words.
 
     Raises:
       RecJaxError: a name that is no column.
     """
     for kind in COLUMNS:
-        for name in data.features[kind]:
-            if name not in items.columns:
+        for name in data[group][kind]:
+            if name not in table.columns:
                 raise RecJaxError(
-                    f"config.data.features.{kind} names {name!r}, which is no column of the items; these have: {', '.join(items.columns)}"
+                    f"config.data.{group}.{kind} names {name!r}, which is no column of the {what}; these have: {', '.join(table.columns)}"
                 )
-    names = list(dict.fromkeys(name for kind in COLUMNS for name in data.features[kind]))
-    return items.select(_text(items.schema[name], name, data.features.separator) for name in names)
+    names = list(dict.fromkeys(name for kind in COLUMNS for name in data[group][kind]))
+    return table.select(_text(table.schema[name], name, data.features.separator) for name in names)
 
 
 def _text(dtype: Any, name: str, separator: str) -> pl.Expr:
@@ -64,18 +66,7 @@ def write(
       RecJaxError: bad input whose policy is "error"; a column without any value; a file of vectors that cannot be read or has none of these
         items.
     """
-    made, meta = dict[str, pl.Series](), dict[str, dict[str, dict[str, int]]]()
-    for kind in COLUMNS:
-        for name in data.features[kind]:
-            values = _VALUES[kind](columns[name], name, data, report, place)
-            _missing(values.is_null().to_numpy(), f"column {name} is empty", ids, data, report, place)
-            if values.null_count() == len(values):
-                raise RecJaxError(f"config.data.features.{kind} names {name!r}, which has no value in any item; leave it out")
-            of_items = values.explode(empty_as_null=True) if kind == "multi_hot" else values
-            counts = {"values": of_items.drop_nulls().n_unique(), "missing": values.null_count()}
-            made[f"{kind}.{name}"] = values
-            meta.setdefault(kind, {})[name] = counts
-    pl.DataFrame(made).write_parquet(out / FILE)
+    meta = write_columns(columns, ids, data, report, out / FILE, place)
     for name, file in vectors_lib.sources(data.features.vectors).items():
         names, given = vectors_lib.read(file)
         mine = vectors_lib.aligned(names, given, ids)
@@ -90,9 +81,58 @@ def write(
     return meta
 
 
-def read_columns(folder: Path) -> dict[str, dict[str, pl.Series]]:
-    """Prepared folder -> kind -> name -> values of the catalogue's items [N]."""
-    frame = pl.read_parquet(folder / FILE)
+def write_columns(
+    columns: pl.DataFrame,
+    ids: Sequence[str],
+    data: Any,
+    report: Report,
+    file: Path,
+    place: Callable[[int], str],
+    *,
+    group: str = "features",
+    what: str = "item",
+) -> dict[str, dict[str, dict[str, int]]]:
+    """The columns alone, into a file; see `write`. `group` of `config.data` names them, `what` is what they are of, in a word."""
+    made, meta = dict[str, pl.Series](), dict[str, dict[str, dict[str, int]]]()
+    for kind in COLUMNS:
+        for name in data[group][kind]:
+            values = _VALUES[kind](columns[name], f"config.data.{group}", name, data, report, place)
+            _missing(values.is_null().to_numpy(), f"column {name} is empty", ids, data, report, place, what)
+            if values.null_count() == len(values):
+                raise RecJaxError(f"config.data.{group}.{kind} names {name!r}, which has no value in any {what}; leave it out")
+            each = values.explode(empty_as_null=True) if kind == "multi_hot" else values
+            counts = {"values": each.drop_nulls().n_unique(), "missing": values.null_count()}
+            made[f"{kind}.{name}"] = values
+            meta.setdefault(kind, {})[name] = counts
+    pl.DataFrame(made).write_parquet(file)
+    return meta
+
+
+def write_users(users: Sequence[str], data: Any, report: Report, out: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Columns of `config.data.users` by user [U] -> USER_FILE under `out`; what meta.json says of each.
+
+    Raises:
+      RecJaxError: as `write`; no such column, a user twice, a file with none of these users.
+    """
+    frame, place = item_file.read(data, report, pl.String, item_file.USER_COLUMNS, key="users")
+    names, rows = frame["item"].to_list(), dict[str, int]()
+    for row, name in enumerate(names):
+        if rows.setdefault(name, row) != row:
+            raise RecJaxError(f"{place(row)}: user id {name!r} occurs a second time; the first is at {place(rows[name])}")
+    found = [rows.get(name, -1) for name in users]
+    if max(found, default=-1) < 0:
+        there = f"like {names[0]!r}" if names else "none"
+        raise RecJaxError(f"config.data.users={data.users!r} has none of the users; ids there are {there}, of users like {users[0]!r}")
+    columns = columns_of(frame, data, "user_features", "users")
+    wanted = pl.Series([row if row >= 0 else None for row in found], dtype=pl.UInt32)
+    mine = columns.select(pl.all().gather(wanted)).fill_null("")
+    where = lambda user: place(found[user]) if found[user] >= 0 else f"config.data.users={data.users!r}"
+    return write_columns(mine, users, data, report, out / USER_FILE, where, group="user_features", what="user")
+
+
+def read_columns(folder: Path, file: str = FILE) -> dict[str, dict[str, pl.Series]]:
+    """Prepared folder -> kind -> name -> values of the catalogue's items [N], or of what else `file` has."""
+    frame = pl.read_parquet(folder / file)
     out: dict[str, dict[str, pl.Series]] = {}
     for column in frame.columns:
         kind, _, name = column.partition(".")
@@ -105,19 +145,21 @@ def read_vectors(folder: Path, name: str) -> np.ndarray:
     return np.load(folder / FOLDER / f"{name}.npy")
 
 
-def _missing(missing: np.ndarray, what: str, ids: Sequence[str], data: Any, report: Report, place: Callable[[int], str]) -> None:
-    """Applies the policy `missing_feature` to items that lack one [N] bool."""
+def _missing(
+    missing: np.ndarray, why: str, ids: Sequence[str], data: Any, report: Report, place: Callable[[int], str], what: str = "item"
+) -> None:
+    """Applies the policy `missing_feature` to items, or users, that lack one [N] bool."""
     rows = np.flatnonzero(missing)
     for i, row in enumerate(rows[:3].tolist()):
         count = len(rows) - 2 if i == 2 else 1  # the third example stands for all the others
-        bad_input(report, data.on_bad, "missing_feature", place(row), f"item {ids[row]!r}: {what}", count)
+        bad_input(report, data.on_bad, "missing_feature", place(row), f"{what} {ids[row]!r}: {why}", count)
 
 
-def _categorical(text: pl.Series, name: str, data: Any, report: Report, place: Callable[[int], str]) -> pl.Series:
+def _categorical(text: pl.Series, key: str, name: str, data: Any, report: Report, place: Callable[[int], str]) -> pl.Series:
     return text.replace("", None)
 
 
-def _multi_hot(text: pl.Series, name: str, data: Any, report: Report, place: Callable[[int], str]) -> pl.Series:
+def _multi_hot(text: pl.Series, key: str, name: str, data: Any, report: Report, place: Callable[[int], str]) -> pl.Series:
     """Cells -> their values, each once, in their order; null where there is none.
 
     Raises:
@@ -127,7 +169,7 @@ def _multi_hot(text: pl.Series, name: str, data: Any, report: Report, place: Cal
     if not text.str.contains(separator, literal=True).any() and text.str.contains("|", literal=True).any():
         cell = text.filter(text.str.contains("|", literal=True))[0]
         raise RecJaxError(
-            f"config.data.features.multi_hot names {name!r}: no cell has config.data.features.separator={data.features.separator!r}, but "
+            f"{key}.multi_hot names {name!r}: no cell has config.data.features.separator={data.features.separator!r}, but "
             f"{cell!r} has '|'; set the separator to '|'"
         )
     parts = text.str.split(separator).list.eval(pl.element().str.strip_chars())
@@ -135,7 +177,7 @@ def _multi_hot(text: pl.Series, name: str, data: Any, report: Report, place: Cal
     return pl.select(pl.when(parts.list.len() > 0).then(parts)).to_series()
 
 
-def _numeric(text: pl.Series, name: str, data: Any, report: Report, place: Callable[[int], str]) -> pl.Series:
+def _numeric(text: pl.Series, key: str, name: str, data: Any, report: Report, place: Callable[[int], str]) -> pl.Series:
     """Cells -> numbers; null where there is none. "NaN" is none too.
 
     Raises:

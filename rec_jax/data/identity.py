@@ -10,12 +10,13 @@ from typing import Any
 from etils import epath
 
 from rec_jax.config import cache_dir
-from rec_jax.config_features import has_columns
+from rec_jax.config_features import has_columns, has_user_features
 from rec_jax.data import folders, readers, vectors
+from rec_jax.data.readers import files
 
 FORMAT = 1  # of the prepared folder; raise it when what is written changes
 # Settings of config.data that change nothing in the folder; files count by name and content.
-NO_PART = ("cache", "path", "items", "negatives", "corpus")
+NO_PART = ("cache", "path", "items", "negatives", "corpus", "users")
 NO_PART_TEXT = ("max_tokens", "tokenizer")
 NO_PART_FEATURES = ("missing_feature", "bad_feature")  # of config.data.on_bad, where no feature is named
 NO_PART_EMPTY = ("context", "labels", "propensity")  # of config.data.columns
@@ -24,6 +25,7 @@ NO_PART_EMPTY = ("context", "labels", "propensity")  # of config.data.columns
 def identify(config: Any) -> tuple[epath.Path, str, list[dict[str, Any]]]:
     """Config -> (prepared folder, fingerprint, input files)."""
     given = [file.path for file in vectors.sources(config.data.features.vectors).values()]
+    given += [files.single(config.data.users, "config.data.users").path] if has_user_features(config) else []
     inputs = [_input(path) for path in (*readers.inputs(config.data), *given)]
     settings = settings_of(config)
     whole = {"format": FORMAT, "inputs": inputs, "settings": settings}
@@ -44,7 +46,12 @@ def settings_of(config: Any) -> dict[str, Any]:
     if has_columns(config):
         settings["features"]["vectors"] = sorted(vectors.sources(config.data.features.vectors))
     else:
-        settings.pop("features")
+        separator = settings.pop("features")["separator"]
+        if has_user_features(config):
+            settings["user_features"]["separator"] = separator
+    if not has_user_features(config):
+        settings.pop("user_features")
+    if not (has_columns(config) or has_user_features(config)):
         for key in NO_PART_FEATURES:
             settings["on_bad"].pop(key)
     if not settings["impressions"]["split"]:

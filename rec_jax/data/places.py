@@ -12,7 +12,8 @@ from rec_jax.types import RecJaxError
 
 RATING_RANGES = 16  # ratings of more values than that are told apart by so many quantiles
 LONGEST = 2**31 - 1  # seconds, 68 years; longer is as long
-EMPTY = {"times": np.int32(-1), "ratings": np.float32(np.nan)}  # of a place without an event, or one of which it is not known
+# Of a place without an event, or one of which it is not known
+EMPTY = {"times": np.int32(-1), "ratings": np.float32(np.nan), "users": np.int32(-1)}
 
 
 def of_places(columns: Mapping[str, np.ndarray], first: np.ndarray | int = 0) -> dict[str, np.ndarray]:

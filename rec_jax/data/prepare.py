@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 from etils import epath
 
-from rec_jax.config_features import has_columns
+from rec_jax.config_features import has_columns, has_user_features
 from rec_jax.config_places import columns_of
 from rec_jax.data import features as features_lib
 from rec_jax.data import folders, places, readers, records, text
@@ -227,10 +227,13 @@ class Prepared:
 
     @functools.cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        """Each of `columns` of all events [E], in the order of `_events`: of the records, which are read once for it."""
-        source = self.source() if self.columns else []
-        parts = [[record[name] for name in self.columns] for record in source]
-        return {name: np.concatenate(column) for name, column in zip(self.columns, zip(*parts, strict=True), strict=True)}
+        """Each of `columns` of all events [E], in the order of `_events`: of the records, which are read once for it; users as they are."""
+        offsets, wanted = self._events[2], [name for name in self.columns if name != "users"]
+        parts = [[record[name] for name in wanted] for record in (self.source() if wanted else [])]
+        out = {name: np.concatenate(column) for name, column in zip(wanted, zip(*parts, strict=True), strict=True)}
+        if "users" in self.columns:
+            out["users"] = np.repeat(np.arange(self.n_users, dtype=np.int32), np.diff(offsets))
+        return out
 
 
 def _counted(mask: np.ndarray) -> np.ndarray:
@@ -293,6 +296,8 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
         features = {
             "features": features_lib.write(named.select(pl.all().gather(rows)), items["item"].to_list(), config.data, report, out, place)
         }
+    if has_user_features(config):
+        features |= {"user_features": features_lib.write_users(users["user"].to_list(), config.data, report, out)}
     return {"template": template, **_counts(events, report, clock), **shown, **features}
 
 

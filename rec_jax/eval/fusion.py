@@ -129,7 +129,7 @@ def fused(
         raise RecJaxError(f"config.eval.fuse={e.fuse!r} chooses its weight on validation, and this split has no validation users")
     both, weights = model, dict[str, float]()
     for part in config_lib.fused(config):
-        if part == baselines.TEXT_KNN and not any(prepared.texts()):
+        if part == baselines.TEXT_KNN and prepared.texts() == prepared.item_ids():
             say(f"  {part} is left out: no item has a text")
             continue
         neighbours = baselines.of_config(part, config, prepared, table)

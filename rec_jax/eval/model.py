@@ -13,8 +13,8 @@ from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import processes, towers
-from rec_jax.config_features import has_features
-from rec_jax.data import draft, feature_codes, packing, places, vocabulary
+from rec_jax.config_features import has_features, has_user_features
+from rec_jax.data import draft, feature_codes, packing, places, user_features, vocabulary
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.feature_codes import Coding
 from rec_jax.data.prepare import Prepared, prepare
@@ -38,6 +38,7 @@ class Model:
       spec: of the towers.
       table: text vectors of the catalogue [N, D_text]; None where nothing needs them.
       features: of the catalogue's items, kind -> name -> [N, ...]; None where the towers read none.
+      of_users: features of users, kind -> name -> [U, ...]; None where the history tower reads none.
       shared: every process of the run calls `item_vectors`, `user_vectors`, `rank` and `validate` at the same places; each encodes its
         part, on its first device, and all get the whole.
     """
@@ -51,13 +52,14 @@ class Model:
         table: np.ndarray | None,
         *,
         features: feature_codes.Arrays | None = None,
+        of_users: feature_codes.Arrays | None = None,
         shared: bool = False,
     ):
-        self.shared, self.features = shared, features
+        self.shared, self.features, self.of_users = shared, features, of_users
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
         self._items = jax.jit(lambda p, t, f: two_tower.item_vectors(p, spec, t, f))
-        self._users = jax.jit(lambda p, v, h, columns: two_tower.user_vectors(p, spec, v, h, columns))
+        self._users = jax.jit(lambda p, v, h, columns, of_users: two_tower.user_vectors(p, spec, v, h, columns, of_users))
         self._products = jax.jit(interests.scores)
         head = spec.task
         self._scores = None if head is None else jax.jit(lambda p, u, v: interactions.score_all(p["task"], head, u, v))
@@ -84,7 +86,7 @@ class Model:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D], or [U, K, D] of several interests.
 
         `items` are `item_vectors`. Only the newest places count; one of them is hidden where the tower is not causal. Where the tower reads
-        times or ratings, those are in the histories' columns; without these they are unknown.
+        times, ratings or features of users, those, or whose an event is, are in the histories' columns; without these they are unknown.
         """
         if self.spec.user == "id":
             raise RecJaxError("config.towers.user.kind='id' has vectors of users, not of histories: it is measured on impressions")
@@ -106,7 +108,7 @@ class Model:
                 known = {name: column[stop - len(newest) : stop] for name, column in read.items()}
                 for name, values in places.of_places(known).items():
                     columns[name][n, : len(newest)] = values
-            out[users] = np.asarray(self._users(params, items, rows, columns))[: len(users)]
+            out[users] = np.asarray(self._users(params, items, rows, columns, self.of_users))[: len(users)]
         return processes.total(out) if self.shared else out
 
     def _parts(self, blocks: Iterable[Any]) -> Iterable[Any]:
@@ -203,8 +205,11 @@ def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.nd
     return out
 
 
-def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec, coding: Coding | None = None) -> two_tower.TwoTowerSpec:
-    """The towers that a stage's config describes, on this data and with this encoder; `coding` is of items' features, if they have any."""
+def towers_of(
+    config: Any, prepared: Prepared, bert: towers.BertSpec, coding: Coding | None = None, user_coding: Coding | None = None
+) -> two_tower.TwoTowerSpec:
+    """The towers that a stage's config describes, on this data and with this encoder; the codings are of items' and users' features, if
+    they have any."""
     tasks = int(config.objectives.task.weight > 0 or config.eval.rank_by == "task")
     context: tuple[int, ...] = ()
     views = HistoryViews.from_config(config)
@@ -222,6 +227,7 @@ def towers_of(config: Any, prepared: Prepared, bert: towers.BertSpec, coding: Co
         mask=views is not None and views.hides,
         causal=not config.batch.cloze,
         features=None if coding is None else coding.sizes(),
+        of_users=None if user_coding is None else user_coding.sizes(),
         ratings=places.rating_edges(config, prepared),
     )
 
@@ -234,20 +240,22 @@ def make_model(
     say: Say,
     *,
     coding: Coding | None = None,
+    user_coding: Coding | None = None,
     candidates: bool = False,
     shared: bool = False,
 ) -> Model:
-    """The model that a stage's config describes; `coding` is as for `towers_of`, and see `Model` for `shared`.
+    """The model that a stage's config describes; the codings are as for `towers_of`, and see `Model` for `shared`.
 
     It has a table of text vectors, made by the encoder as it is given here, where the encoder is frozen, or where the whole catalogue are
     `candidates` while it is trained: then histories are encoded in the step, and the candidates are those of the stage's start. It has
     none where items have no text.
     """
-    spec = towers_of(config, prepared, bert[1], coding)
+    spec = towers_of(config, prepared, bert[1], coding, user_coding)
     wanted = spec.item_text and (candidates or not spec.encode)
     table = text_table(config, tokens, bert[0], spec.text, say, shared=shared) if wanted else None
     features = None if coding is None else coding.arrays(prepared)
-    return Model(config, prepared, tokens, spec, table, features=features, shared=shared)
+    of_users = None if user_coding is None else user_features.arrays(user_coding, prepared)
+    return Model(config, prepared, tokens, spec, table, features=features, of_users=of_users, shared=shared)
 
 
 def item_vectors(folder: epath.PathLike, step: int, model: Model, params: Params) -> np.ndarray:
@@ -297,7 +305,9 @@ def load(workdir: epath.PathLike, stage: str | None = None, *, say: Say = print)
     prepared = prepare(config)
     encoder = encoder_of(whole, epath.Path(workdir), name, prepared)
     coding = feature_codes.kept(workdir) if has_features(config) else None
-    model = make_model(config, prepared, vocabulary.catalogue_tokens(config, prepared), encoder, say, coding=coding)
+    user_coding = feature_codes.kept(workdir, user_features.CODES) if has_user_features(config) else None
+    tokens = vocabulary.catalogue_tokens(config, prepared)
+    model = make_model(config, prepared, tokens, encoder, say, coding=coding, user_coding=user_coding)
     params = two_tower.merged(params, model.spec)
     items = item_vectors(folder, step, model, params)
     return Trained(model, params, step, items)

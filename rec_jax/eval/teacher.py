@@ -22,7 +22,7 @@ from rec_jax.types import Params, Ragged, RecJaxError
 def teacher_of(
     config: Any, workdir: epath.Path, before: str | None, tokens: Ragged, say: Say
 ) -> tuple[two_tower.TwoTowerSpec, dict[str, Any]]:
-    """The teacher that `config.teacher` names -> (its towers, {"params", "table" [N, D_text], "features"}).
+    """The teacher that `config.teacher` names -> (its towers, {"params", "table" [N, D_text], "features"?, "of_users"?}).
 
     Args:
       config: of the student's stage.
@@ -34,22 +34,22 @@ def teacher_of(
     Raises:
       RecJaxError: no teacher, or one of another catalogue.
     """
-    path, params, features = config.teacher.path, dict[str, Any](), None
+    path, params, read = config.teacher.path, dict[str, Any](), dict[str, Any]()
     if path and _is_encoder(path):
         text_params, bert = towers.load_hf(path)
         spec = towers_of_encoder(config, bert)
     else:
         stage = config.teacher.stage or (None if path else before)
-        spec, params, text_params, features = _trained(epath.Path(path or workdir), stage, path, tokens, say)
+        spec, params, text_params, read = _trained(epath.Path(path or workdir), stage, path, tokens, say)
     spec = dataclasses.replace(two_tower.with_encoder(spec, config.teacher.source == "online"), task=None)
     table = text_table(config, tokens, text_params, spec.text, say, shared=True) if spec.item_text else None
-    return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table, "features": features}
+    return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table, **read}
 
 
 def _trained(
     workdir: epath.Path, stage: str | None, path: str, tokens: Ragged, say: Say
-) -> tuple[two_tower.TwoTowerSpec, dict[str, Any], Params, Any]:
-    """A stage of a workdir -> its towers, their parameters without encoder and task head, the encoder's, and its items' features."""
+) -> tuple[two_tower.TwoTowerSpec, dict[str, Any], Params, dict[str, Any]]:
+    """A stage of a workdir -> its towers, their parameters without encoder and task head, the encoder's, and the features they read."""
     if not path and stage is None:
         raise RecJaxError("a teacher is asked for, but no stage comes before: set config.teacher.path to a workdir or a model's folder")
     trained, whole = load(workdir, stage, say=say), read_config(workdir)
@@ -61,7 +61,7 @@ def _trained(
         name = stage or (whole.stages[-1] if whole.stages else None)
         text_params = encoder_of(whole, workdir, name, trained.model.prepared)[0]
     others = {k: v for k, v in trained.params.items() if k not in ("task", "text")}
-    return trained.model.spec, others, text_params, trained.model.features
+    return trained.model.spec, others, text_params, {"features": trained.model.features, "of_users": trained.model.of_users}
 
 
 def mark_of(config: Any) -> str:

@@ -42,6 +42,7 @@ def encode_batch(
     *,
     table: Array | None,
     features: features_lib.Rows | None = None,
+    of_users: features_lib.Rows | None = None,
     catalogue: bool,
     keys: Mapping[str, jax.Array] | None,
     views: bool = False,
@@ -63,6 +64,7 @@ def encode_batch(
       batch: see `types.Batch`.
       table: text vectors of the catalogue [N, D_text]; needed unless `spec.encode`, and not where items have no text.
       features: of the catalogue's items, kind -> name -> [N, ...]; needed where `spec.features` says that the towers read some.
+      of_users: features of all users, likewise, kind -> name -> [U, ...]; needed where the history tower reads some.
       catalogue: also the vectors of all items, by the table, or by `texts` where they are given.
       keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, "view" (item rows
         again) with `views`, "history_view" (twice the user rows) with `history_views`; keys [] for all shards, "ids" and "features", where
@@ -105,7 +107,7 @@ def encode_batch(
     if spec.user == "none":
         return Outputs(text=text)
     item = over_batch(some_items(params, spec, text, batch.item_ids, features))
-    out = Outputs(user=_users(params, spec, batch, item, keys, chunk_rows, mesh), item=item, text=text, drawn_ids=drawn_ids)
+    out = Outputs(user=_users(params, spec, batch, item, of_users, keys, chunk_rows, mesh), item=item, text=text, drawn_ids=drawn_ids)
     if views:
         assert text is not None
         out.views = text_item_vectors(params, spec, jnp.stack([text, text_of_items("view")]))
@@ -148,6 +150,7 @@ def _users(
     spec: TwoTowerSpec,
     batch: Batch,
     item: jax.Array,
+    of_users: features_lib.Rows | None,
     keys: Mapping[str, jax.Array] | None,
     chunk_rows: int,
     mesh: Mesh | None,
@@ -159,7 +162,7 @@ def _users(
     if spec.history is None:
         pooled = _packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user"), chunk_rows, mesh)
         return text_item_vectors(params, spec, _lookup(pooled, batch.user_places))
-    columns = {"times": batch.history_times, "ratings": batch.history_ratings}
+    columns = {"times": batch.history_times, "ratings": batch.history_ratings, "users": batch.history_users}
     if missing := [name for name in spec.history.columns if columns[name] is None]:
         raise RecJaxError(
             f"the history tower reads {missing[0]} of events, and the batch has none: config.towers.user.inputs, time_bias and session_gap "
@@ -167,7 +170,7 @@ def _users(
         )
     columns = {name: columns[name] for name in spec.history.columns}
     places, segments, hides = jnp.asarray(batch.history), jnp.asarray(batch.history_segments), not spec.history.causal
-    user = _histories(params, spec, item, places, segments, _key(keys, "user"), hides=hides, columns=columns)
+    user = _histories(params, spec, item, places, segments, _key(keys, "user"), hides=hides, columns=columns, features=of_users)
     return user if spec.history.interests == 1 else interests.nearest(user, _lookup(item, batch.targets))
 
 
@@ -181,11 +184,12 @@ def _histories(
     *,
     hides: bool,
     columns: Mapping[str, Array] | None = None,
+    features: features_lib.Rows | None = None,
 ) -> jax.Array:
     """Items of the batch [G, M, D], packed histories [G, R, S] of local indices -> user vectors [G, R * S, D]; [G, R * S, K, D] of several.
 
-    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones. `columns` are "times" and "ratings"
-    of the places [G, R, S].
+    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones. `columns` are "times", "ratings" and
+    "users" of the places [G, R, S], the last with the `features` of all users.
     """
     assert spec.history is not None
     shards, rows, length = places.shape
@@ -193,7 +197,7 @@ def _histories(
     hidden = ((places < 0) & (segments > 0)).reshape(shards * rows, length) if hides else None
     flat, keys = segments.reshape(shards * rows, length), None if keys is None else keys.reshape(-1)
     known = {name: jnp.asarray(column).reshape(flat.shape) for name, column in (columns or {}).items()}
-    user = history.encode(params["user"], spec.history, vectors, flat, hidden=hidden, keys=keys, **known)
+    user = history.encode(params["user"], spec.history, vectors, flat, features=features, hidden=hidden, keys=keys, **known)
     user = over_batch(user.reshape(shards, rows * length, *user.shape[2:]))
     return unit_length(user) if spec.normalize else user
 

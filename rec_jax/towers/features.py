@@ -62,6 +62,12 @@ def make_spec(item: Any, sizes: Mapping[str, Mapping[str, int]], dim: int) -> Fe
     )
 
 
+def make_sum(sizes: Mapping[str, Mapping[str, int]], dim: int) -> FeatureSpec:
+    """kind -> name -> size, D -> spec of features that are added up."""
+    pairs = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
+    return FeatureSpec(**pairs, dim=dim, fusion="sum", dropout=0.0, frequencies=8, sigma=1.0)
+
+
 def init(key: jax.Array, spec: FeatureSpec, dim: int) -> dict[str, Any]:
     """Parameters {kind: {name: ...}, "fusion"?} for item vectors of width D."""
     params: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rec_jax.towers import features as features_lib
 from rec_jax.towers import places as places_lib
 from rec_jax.towers.bert import segment_positions
 from rec_jax.towers.dropout import dropout, fold
@@ -37,7 +38,13 @@ class _History(nn.Module):
 
     @nn.compact
     def __call__(
-        self, vectors: jax.Array, segment_ids: jax.Array, times: jax.Array, ratings: jax.Array, keys: jax.Array | None
+        self,
+        vectors: jax.Array,
+        segment_ids: jax.Array,
+        times: jax.Array,
+        ratings: jax.Array,
+        of_users: jax.Array | None,
+        keys: jax.Array | None,
     ) -> jax.Array:
         s, positions = self.spec, segment_positions(segment_ids)
         x = nn.Dense(s.dim, use_bias=False, name="in")(vectors * s.dim**0.5)
@@ -48,6 +55,7 @@ class _History(nn.Module):
             x = x + table("gap", places_lib.TIME_ROWS)(places_lib.time_rows(places_lib.gaps(times, segment_ids)))
         if "rating" in s.inputs:
             x = x + table("rating", 1 + len(s.ratings))(places_lib.rating_rows(ratings, s.ratings))
+        x = x if of_users is None else x + of_users
         x = x if keys is None else dropout(x, fold(keys, "in"), s.dropout)
         mask = places_seen(segment_ids, causal=s.causal)
         near = mask & places_lib.same_session(times, segment_ids, s.session_gap) if s.session_gap else mask
@@ -80,8 +88,10 @@ def init(key: jax.Array, spec: HistorySpec) -> Params:
     if "rating" in spec.inputs and not spec.ratings:
         raise RecJaxError("the history tower reads ratings and has no ranges of them: set HistorySpec.ratings (data.places.rating_edges)")
     places = jnp.ones((1, 2), jnp.int32)
-    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), places, places, places.astype(jnp.float32), None)["params"]
+    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), places, places, places.astype(jnp.float32), None, None)["params"]
     params = _near_items(params, spec) if spec.near_items else params
+    if spec.features is not None:
+        params = {**params, "features": features_lib.init(fold(key, "features"), spec.features, spec.dim)}
     return {**params, "mask": jax.random.normal(fold(key, "mask"), (spec.dim,)) * spec.dim**-0.5} if spec.mask else params
 
 
@@ -102,6 +112,8 @@ def encode(
     *,
     times: jax.Array | None = None,
     ratings: jax.Array | None = None,
+    users: jax.Array | None = None,
+    features: features_lib.Rows | None = None,
     hidden: jax.Array | None = None,
     keys: jax.Array | None = None,
 ) -> jax.Array:
@@ -116,12 +128,14 @@ def encode(
       segment_ids: 1.. within a row; each segment lies in one piece.
       times: [R, S] int32, seconds of the places' events since any moment of their segment's own; -1 = unknown. None = all unknown.
       ratings: [R, S] float32, of the places' events; NaN = unknown. None = all unknown.
+      users: [R, S] int32, rows of `features` of the places' users; -1 = unknown, which adds nothing. None = all unknown.
+      features: of all users, kind -> name -> [U, ...]; needed with `users`.
       hidden: [R, S] bool, places whose item is hidden behind the learned vector, and time and rating are unknown; needs `spec.mask`.
         None = none.
       keys: [R] typed keys, one a row, for dropout; None = no dropout.
 
     Raises:
-      RecJaxError: hidden items, and no vector for them.
+      RecJaxError: hidden items, and no vector for them; users, and no features of them.
     """
     if hidden is not None:
         if not spec.mask:
@@ -131,4 +145,12 @@ def encode(
     ratings = jnp.full(segment_ids.shape, jnp.nan) if ratings is None else jnp.asarray(ratings)
     if hidden is not None:
         times, ratings = jnp.where(hidden, -1, times), jnp.where(hidden, jnp.nan, ratings)
-    return jnp.asarray(_History(spec).apply({"params": params}, vectors, segment_ids, times, ratings, keys))
+    of_users = None
+    if spec.features is not None and users is not None:
+        if features is None:
+            raise RecJaxError("the history tower reads features of users (HistorySpec.features), and none are given: pass all users'")
+        none = jnp.zeros((*segment_ids.shape, spec.dim), vectors.dtype)
+        of_users = features_lib.fuse(params["features"], spec.features, none, features_lib.rows_of(features, users))
+        of_users = jnp.where(jnp.asarray(users)[..., None] >= 0, of_users, 0.0)
+    trained = {name: part for name, part in params.items() if name != "features"}
+    return jnp.asarray(_History(spec).apply({"params": trained}, vectors, segment_ids, times, ratings, of_users, keys))

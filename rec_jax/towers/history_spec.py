@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from rec_jax.config_places import INPUTS, columns_read
+from rec_jax.config_places import INPUTS, USERS, columns_read
+from rec_jax.towers.features import FeatureSpec
 from rec_jax.types import RecJaxError
 
 LAYERS = ("attention", "hstu")  # `history_layers`
@@ -33,6 +34,7 @@ class HistorySpec:
         is for the item that is hidden there.
       interests: K, user vectors of a place.
       readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
+      features: of users, whose vectors are added at each place; None = none are read.
       near_items: the tower begins close to the identity: a user vector as that of the newest item, or as the mean of the history's.
     """
 
@@ -53,6 +55,7 @@ class HistorySpec:
     interests: int = 1
     readout: str = "last"
     near_items: bool = False
+    features: FeatureSpec | None = None
 
     def __post_init__(self) -> None:
         for key, names, known in (
@@ -66,5 +69,5 @@ class HistorySpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it reads of events: some of "times" and "ratings"."""
-        return columns_read(self.inputs, self.time_bias, self.session_gap)
+        """What it reads of events: some of "times", "ratings" and "users"."""
+        return (*columns_read(self.inputs, self.time_bias, self.session_gap), *((USERS,) if self.features is not None else ()))

@@ -95,6 +95,7 @@ def make_spec(
     mask: bool = False,
     causal: bool = True,
     features: Mapping[str, Mapping[str, int]] | None = None,
+    of_users: Mapping[str, Mapping[str, int]] | None = None,
     ratings: tuple[float, ...] = (),
 ) -> TwoTowerSpec:
     """The spec that `config.towers` states.
@@ -109,6 +110,7 @@ def make_spec(
       mask: the history tower has a learned vector for hidden items.
       causal: see `history.HistorySpec`; a tower that is not has that vector.
       features: of items: kind -> name -> size, see `features.FeatureSpec`.
+      of_users: features of users, likewise.
       ratings: of `HistorySpec`, where the history tower reads them.
 
     Raises:
@@ -138,7 +140,8 @@ def make_spec(
         kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
         forms = {"mask": mask or not causal, "causal": causal, "interests": u.interests, "readout": u.readout}
-        starts = {"near_items": u.near_items}
+        mine = None if of_users is None else features_lib.make_sum(of_users, towers.dim)
+        starts = {"near_items": u.near_items, "features": mine}
         tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, **kinds, **times, **forms, **starts)
     return TwoTowerSpec(
         dim=towers.dim,
@@ -304,14 +307,19 @@ def packed_text_vectors(
 
 
 def user_vectors(
-    params: Params, spec: TwoTowerSpec, items: Array, histories: Array, columns: Mapping[str, Array] | None = None
+    params: Params,
+    spec: TwoTowerSpec,
+    items: Array,
+    histories: Array,
+    columns: Mapping[str, Array] | None = None,
+    features: features_lib.Rows | None = None,
 ) -> jax.Array:
     """Item vectors [N, D], histories [U, S] (oldest first, then -1) -> user vectors [U, D], at the last item of each history; [U, K, D] of
     several interests.
 
     A tower that is not causal gets a hidden place behind the last item, and its vector there; where a history fills all S places, its
-    oldest item makes room. An empty history gives the vector of zeros: it prefers nothing. `columns` are "times" and "ratings" [U, S] of
-    the events, as `history.encode` takes them; without them they are unknown.
+    oldest item makes room. An empty history gives the vector of zeros: it prefers nothing. `columns` are "times", "ratings" and "users"
+    [U, S] of the events, as `history.encode` takes them, with the `features` of users; without them they are unknown.
     """
     if spec.history is None:
         raise RecJaxError(f"user tower {spec.user!r} is no history tower; written-out histories go through packed_text_vectors")
@@ -326,7 +334,7 @@ def user_vectors(
         there, hidden = places <= last[:, None], places == last[:, None]
     vectors = jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0)
     known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
-    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), hidden=hidden, **known)
+    out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), features=features, hidden=hidden, **known)
     behind = (1,) * (out.ndim - 2)  # of users and places
     user = jnp.take_along_axis(out, last.reshape(-1, 1, *behind), axis=1)[:, 0]
     user = unit_length(user) if spec.normalize else user

@@ -21,7 +21,7 @@ from rec_jax import config as config_lib
 from rec_jax import config_flags, processes
 from rec_jax import mesh as mesh_lib
 from rec_jax.cli import main_of
-from rec_jax.data import corpus, feature_codes, text, text_batches, vocabulary
+from rec_jax.data import corpus, feature_codes, text, text_batches, user_features, vocabulary
 from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
@@ -103,6 +103,7 @@ class _Run:
         if config.start.path:
             self._go_on()
         self.coding = feature_codes.of_run(config, self.prepared)
+        self.user_coding = user_features.coding_of_run(config, self.prepared)
         for name in config.stages or ("",):
             self._check(self._config_of(name), name)
         self.planned = self._plan()
@@ -113,6 +114,7 @@ class _Run:
         chain.write_config(config, workdir)
         start_lib.keep(workdir, self.prepared, start=self.start_mark, write=jax.process_index() == 0)
         feature_codes.keep(workdir, self.coding, write=jax.process_index() == 0)
+        feature_codes.keep(workdir, self.user_coding, write=jax.process_index() == 0, name=user_features.CODES)
         self.speed = plan.machine_speed()
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         kind = jax.devices()[0].device_kind
@@ -139,14 +141,14 @@ class _Run:
     def _check(self, config: Any, name: str) -> None:
         """Finds out before any stage runs what can be wrong with this one."""
         student = _sizes_of_student(config, self.encoder)
-        towers = model_lib.towers_of(config, self.prepared, student[1], self.coding)
+        towers = model_lib.towers_of(config, self.prepared, student[1], self.coding, self.user_coding)
         made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
         taught = None
         if any(o.teacher for o in made):
             if not config.teacher.path and name == (self.config.stages or ("",))[0]:
                 raise RecJaxError(f"stage {name!r} asks for a teacher, and none comes before it: set config.teacher.path")
             self._check_temperature(config, name)
-            taught = model_lib.towers_of(config, self.prepared, self.encoder[1], self.coding)
+            taught = model_lib.towers_of(config, self.prepared, self.encoder[1], self.coding, self.user_coding)
             taught = two_tower.with_encoder(taught, config.teacher.source == "online")
         start = self.start if name == (self.config.stages or ("",))[0] else None
         stages.check(config, towers, student[0], self.mesh, teacher=taught, labels=self._labels(config), start=start)
@@ -247,7 +249,15 @@ class _Run:
             clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
         table = any(o.table for o in made)
         self.model = model = model_lib.make_model(
-            config, prepared, self.tokens, self.encoder, clock.say, coding=self.coding, candidates=table, shared=True
+            config,
+            prepared,
+            self.tokens,
+            self.encoder,
+            clock.say,
+            coding=self.coding,
+            user_coding=self.user_coding,
+            candidates=table,
+            shared=True,
         )
         taught = teacher.teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
         inputs = stages.Inputs(
@@ -262,6 +272,7 @@ class _Run:
             start=self.start if before is None else None,
             replay=self.replay,
             features=model.features,
+            of_users=model.of_users,
         )
         batches = stages.make_batches(config, inputs, self.mesh)
         evaluate: loop.Evaluate = model.validate
@@ -352,7 +363,7 @@ class _Run:
         assert self.start is not None
         say, silent = self.clock.say, lambda _: None
         encoder = encoder_lib.load_encoder(self.config, self.prepared)
-        model = model_lib.make_model(config, self.prepared, self.tokens, encoder, say, coding=self.coding)
+        model = model_lib.make_model(config, self.prepared, self.tokens, encoder, say, coding=self.coding, user_coding=self.user_coding)
         table = model.table if config.towers.item.whiten else None
         fresh = two_tower.init(jax.random.key(config.seed), model.spec, text_params=encoder[0], table=table)
         params = two_tower.merged({**fresh, **carry.laid_out(self.start, fresh)}, model.spec)

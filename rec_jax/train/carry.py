@@ -14,6 +14,7 @@ from rec_jax import mesh as mesh_lib
 from rec_jax.types import Params, RecJaxError
 
 GROUPS = ("item", "ids", "features", "user", "users")  # what both must agree on; heads of tasks and learned scalars belong to objectives
+OF_USERS = "user/features/"  # features of users, which the history tower reads
 TABLES = {"ids/embedding": "items", "users/embedding": "users"}
 
 
@@ -57,6 +58,8 @@ def laid_out(carried: Carried, fresh: Params) -> dict[str, Any]:
             out[group] = {leaf: table.at[kept].set(jnp.asarray(carried.params[group][leaf])[rows[kept]])}
     if "features" in out:
         out["features"] = _features(carried.params["features"], fresh["features"])
+    if "features" in fresh.get("user", {}):
+        out["user"] = {**out["user"], "features": _features(out["user"].get("features", {}), fresh["user"]["features"])}
     return out
 
 
@@ -86,7 +89,7 @@ def check(carried: Carried, fresh: Params) -> None:
         a, b = (shapes.get(name) for shapes in (old, new))
         if name in TABLES and a and b and not (carried.hashed and name == "ids/embedding"):
             a, b = a[1:], b[1:]
-        if group == "features" and _may_grow(name, a, b):
+        if (group == "features" or name.startswith(OF_USERS)) and _may_grow(name.removeprefix("user/"), a, b):
             a, b = b, b
         if a != b and not (added and (name in TABLES or group == "features")):
             raise RecJaxError(_differ(name, old, new, carried.place))
@@ -113,6 +116,7 @@ def _may_grow(name: str, old: tuple[int, ...] | None, new: tuple[int, ...] | Non
 
 def _differ(name: str, old: Mapping[str, Any], new: Mapping[str, Any], place: str) -> str:
     keys = "config.data.features and config.towers.item" if name.startswith("features/") else "config.towers"
+    keys = "config.data.user_features" if name.startswith(OF_USERS) else keys
     return (
         f"{name} is {old.get(name, 'absent')} in {place} (config.start.path) and {new.get(name, 'absent')} in this run; "
         f"set {keys} as they are in that workdir's config.json"

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from rec_jax import config as config_lib
-from rec_jax.config_features import FEATURE_KEYS, has_features
+from rec_jax.config_features import FEATURE_KEYS, USER_KEYS, has_features, has_user_features
 from rec_jax.config_places import OFF
 from rec_jax.types import RecJaxError
 
@@ -49,10 +49,10 @@ def fingerprint(config: Any, *inputs: str) -> str:
         node.pop(name)
     if not kept["start"]["path"]:
         kept.pop("start")  # what was trained before there was this key stays what it is
-    if not has_features(config):
-        for key in FEATURE_KEYS:
-            *groups, name = key.split(".")
-            config_lib.get(kept, ".".join(groups)).pop(name)
+    absent = (() if has_features(config) else FEATURE_KEYS) + (() if has_user_features(config) else USER_KEYS)
+    for key in absent:
+        *groups, name = key.split(".")
+        config_lib.get(kept, ".".join(groups)).pop(name)
     for name, off in OFF.items():
         if config.towers.user[name] == off:
             kept["towers"]["user"].pop(name)

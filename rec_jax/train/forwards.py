@@ -53,10 +53,11 @@ class Constants:
     Attributes:
       table: text vectors of the catalogue [N, D_text].
       log_q: log sampling frequency of each item [N].
-      teacher: {"params", "table" [N, D_teacher] or None, "features" or None} of the teacher.
+      teacher: {"params", "table" [N, D_teacher] or None, "features" and "of_users" or None} of the teacher.
       texts: the catalogue's packed texts {"tokens", "segments" [R, T], "places" [N]}, where all are encoded in every step.
       neighbours: (ids [N, M], shares [N, M]) of each item's neighbours.
       features: of the catalogue's items, kind -> name -> [N, ...].
+      of_users: features of users, kind -> name -> [U, ...].
     """
 
     table: Any
@@ -65,6 +66,7 @@ class Constants:
     texts: Any = None
     neighbours: Any = None
     features: Any = None
+    of_users: Any = None
 
 
 def outputs(
@@ -104,6 +106,7 @@ def outputs(
         batch,
         table=constants.table,
         features=constants.features,
+        of_users=constants.of_users,
         catalogue=wants("catalogue"),
         keys=keys,
         views=wants("views"),
@@ -140,6 +143,7 @@ def momentum_outputs(momentum: Any, spec: StepSpec, batch: Batch, constants: Con
         batch,
         table=constants.table,
         features=constants.features,
+        of_users=constants.of_users,
         catalogue=False,
         keys=None,
         chunk_rows=spec.chunk_rows,
@@ -158,6 +162,7 @@ def teacher_outputs(spec: StepSpec, batch: Batch, constants: Constants, drawn_id
         batch,
         table=constants.teacher["table"],
         features=constants.teacher.get("features"),
+        of_users=constants.teacher.get("of_users"),
         catalogue=any(o.catalogue for o in teachers),
         keys=None,
         drawn_ids=drawn_ids if constants.teacher["table"] is not None or not spec.teacher.item_text else None,

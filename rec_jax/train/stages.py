@@ -45,12 +45,13 @@ class Inputs:
       table: text vectors of the catalogue [N, D_text], or None.
       last: parameters that the stages before have left, or None.
       teacher: spec of the teacher's towers, or None.
-      teacher_arrays: {"params", "table", "features"} of the teacher, or None.
+      teacher_arrays: {"params", "table", "features", "of_users"} of the teacher, or None.
       corpus: tokens of the corpus, the rows to train on, the rows held out; only for batches of texts.
       corruption: what is hidden or deleted in them.
       start: what another workdir has left, in the first stage of a run that goes on from it; then `last` is None.
       replay: what is new against that workdir's data, and how much of the rest comes.
       features: of the catalogue's items, kind -> name -> [N, ...], where the towers read some.
+      of_users: features of users, kind -> name -> [U, ...], likewise.
     """
 
     prepared: Prepared
@@ -66,6 +67,7 @@ class Inputs:
     start: carry.Carried | None = None
     replay: Replay | None = None
     features: Any = None
+    of_users: Any = None
 
 
 def make_step(
@@ -295,6 +297,7 @@ def make_task(
         texts=packed_catalogue(inputs.tokens, config.batch.row_tokens, devices) if every else None,
         neighbours=_neighbours(spec, inputs.prepared),
         features=inputs.features if spec.towers.features is not None else None,
+        of_users=inputs.of_users if spec.kind == "users" else None,
     )
     rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
     params = make_params(config, spec, inputs)

@@ -1,4 +1,4 @@
-"""The items file of config.data.items: Parquet, CSV or TSV (.gz too) with an id column and text columns."""
+"""The items file of config.data.items, and the users file of config.data.users: Parquet, CSV or TSV (.gz too), ids and columns of text."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from rec_jax.data.tables import Report, bad_input
 from rec_jax.types import RecJaxError
 
 ID_COLUMNS = ("item_id", "item", "id")
+USER_COLUMNS = ("user_id", "user", "id")
 
 
-def read(data: Any, report: Report, dtype: Any, id_columns: tuple[str, ...] = ID_COLUMNS) -> tuple[pl.DataFrame, delimited.Place]:
+def read(
+    data: Any, report: Report, dtype: Any, id_columns: tuple[str, ...] = ID_COLUMNS, *, key: str = "items"
+) -> tuple[pl.DataFrame, delimited.Place]:
     """Items file -> (items table with ids of `dtype` and all other columns as text, row -> "file:line").
 
     Args:
-      id_columns: names the id column may have; the first one that is there is it.
+      id_columns: names the id column may have; the first one that is there is it. It comes as `item`.
+      key: of `config.data`, which names the file.
 
     Raises:
       RecJaxError: no id column, or bad rows whose policy is "error".
     """
-    file = files.single(data["items"], "config.data.items")
+    file = files.single(data[key], f"config.data.{key}")
     if file.name.endswith(".parquet"):
         frame = pl.read_parquet(file.plain() or file.read())
         key = _id_column(file, frame.columns, id_columns)
