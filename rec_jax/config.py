@@ -152,7 +152,13 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError(f"config.batch.kind='impressions' needs config.towers.user.kind='id'; it is {config.towers.user.kind!r}")
     if not any(o.weight > 0 for o in config.objectives.values()):
         raise RecJaxError(f"no objective has a weight above 0; set one of config.objectives.{{{', '.join(config.objectives)}}}.weight")
-    for key in ("train.duration", "train.log_every", "train.eval_every", "train.checkpoint_every", "optimizer.warmup"):
+    refresh = ("towers.text.refresh",) if config.towers.text.refresh else ()
+    if refresh and (config.towers.text.source != "tokens" or config.towers.text.catalogue != "start"):
+        raise RecJaxError(
+            f"config.towers.text.refresh={config.towers.text.refresh!r} is of an encoder that is trained while the catalogue's vectors are "
+            "those of a moment before: set it to '', or config.towers.text.source='tokens' and catalogue='start'"
+        )
+    for key in ("train.duration", "train.log_every", "train.eval_every", "train.checkpoint_every", "optimizer.warmup", *refresh):
         if key == "train.duration" and config.train.duration == AUTO:
             continue
         steps(get(config, key), f"config.{key}", steps_per_epoch=1, examples_per_step=1, total=1)

@@ -114,6 +114,9 @@ def defaults() -> ConfigDict:
     c.towers.text.static = False  # a student of no layers whose word vectors are the encoder's vectors of single words
     # What candidates="catalogue" of a trained encoder are made of: their texts as the stage found them, or encoded anew in each step
     c.towers.text.catalogue = "start"  # start | step
+    c.towers.text.refresh = (
+        ""  # with "start": a duration, like "1 epochs", after which the texts are encoded anew, again and again; "" = never
+    )
     c.towers.text.lora = ConfigDict()  # low-rank adapters instead of the kernels; the encoder itself is frozen by optimizer.freeze
     c.towers.text.lora.rank = 0  # 0 = none
     c.towers.text.lora.alpha = 16.0

@@ -1,5 +1,6 @@
 """The loop: resume bit for bit, best and latest, early stopping, a clean stop, a loss that is not finite."""
 
+import dataclasses
 import json
 import signal
 
@@ -71,6 +72,48 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, source):
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert_same(best_params(tmp_path / "parts")[0], best_params(tmp_path / "whole")[0])
     assert best_params(tmp_path / "parts")[1] == 8
+
+
+def test_text_vectors_are_refreshed_and_a_killed_run_has_the_same(tmp_path):
+    """Made anew at 5, 10, 15 and 20 steps; the checkpoint that the run goes on from is of 8, so that it reads those of 5 from disk."""
+    changes = {"towers.text.source": "tokens", "objectives.info_nce.candidates": "catalogue", "towers.text.refresh": "5 steps"}
+    changes |= {
+        "train.duration": "22 steps",
+        "train.eval_every": "8 steps",
+        "train.checkpoint_every": "8 steps",
+        "train.log_every": "1 steps",
+    }
+    made = []
+
+    def encode(params):
+        made.append(tiny.table() + 5 * np.float32(params["text"]["embeddings"]["word"]["embedding"][:40].sum()))
+        return made[-1]
+
+    def run(folder, evaluate, **more):
+        task = tiny.task(tiny.config(**{**changes, **more}), folder, evaluate=evaluate)
+        return loop.train(dataclasses.replace(task, encode=encode), tiny.one_device())
+
+    run(tmp_path / "whole", Valid([0.1, 0.2, 0.3]))
+    assert len(made) == 4
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", Valid([0.1, 0.2], at_call=2, hook=kill))
+    assert sorted(f.name for f in (tmp_path / "parts").glob("*.npy")) == [f"text_vectors-{n}.npy" for n in (10, 15, 5)]
+    run(tmp_path / "parts", Valid([0.2, 0.3]))
+    assert len(made) == 4 + 3 + 3
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert not (tmp_path / "whole" / "text_vectors-10.npy").exists(), "no resume asks for it"
+    run(tmp_path / "never", Valid([0.1, 0.2, 0.3]), **{"towers.text.refresh": "100 steps"})
+    losses = [[row["train/loss"] for row in lines(tmp_path / name) if "train/loss" in row] for name in ("whole", "never")]
+    assert losses[0][:5] == losses[1][:5]
+    assert losses[0][5] != losses[1][5]
+    assert len(made) == 10
+    with pytest.raises(Killed):
+        run(tmp_path / "lost", Valid([0.1, 0.2], at_call=2, hook=kill))
+    (tmp_path / "lost" / "text_vectors-5.npy").unlink()
+    with pytest.raises(RecJaxError, match=r"text_vectors-5\.npy is missing"):
+        run(tmp_path / "lost", Valid([0.2]))
+    with pytest.raises(RecJaxError, match=r"towers\.text\.refresh='5 steps'.*: set it to ''"):
+        tiny.config(**{"towers.text.refresh": "5 steps"})
 
 
 def test_resumes_on_more_devices(tmp_path):

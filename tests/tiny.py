@@ -117,7 +117,8 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
     mesh_lib.check_shards(c.batch.shards, mesh)
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())
-    inputs = stages.Inputs(world, tokens(), spec, text_params, None if spec.encode else table(), last)
+    read = not spec.encode or c.towers.text.refresh
+    inputs = stages.Inputs(world, tokens(), spec, text_params, table() if read else None, last)
     evaluate = evaluate or (lambda params, *, step: {"valid/ndcg@10": 0.0})
     return stages.make_task(c, name, epath.Path(folder), inputs, batches, mesh, evaluate)
 

@@ -79,8 +79,13 @@ class Model:
             return self.validated[1]
         params, table = two_tower.merged(params, self.spec), self.table
         if self.spec.item_text and self.spec.encode and (step != 0 or table is None):
-            table = text_vectors(self.tokens, params["text"], self.spec.text, self.config.batch.row_tokens, shared=self.shared)
+            table = self.text_table(params)
         return np.asarray(self._items(params, table, self.features))
+
+    def text_table(self, params: Params) -> np.ndarray:
+        """Text vectors of the catalogue [N, D_text] by the encoder in the parameters."""
+        text = two_tower.merged(params, self.spec)["text"]
+        return text_vectors(self.tokens, text, self.spec.text, self.config.batch.row_tokens, shared=self.shared)
 
     def user_vectors(self, params: Params, items: np.ndarray, histories: Ragged) -> np.ndarray:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D], or [U, K, D] of several interests.

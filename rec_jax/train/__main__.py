@@ -285,7 +285,7 @@ class _Run:
                     texts = encoder_lib.text_vectors(self.tokens, params["text"], model.spec.text, row)
                 return measured.measure(params, texts, "valid")
 
-        task = stages.make_task(config, name, folder, inputs, batches, self.mesh, evaluate)
+        task = stages.make_task(config, name, folder, inputs, batches, self.mesh, evaluate, model.text_table)
         flops = plan.step_flops(task.spec, batches.spec, n_items=prepared.n_items)
         share = plan.TEXT_SHARE if model.spec.encode else plan.STEP_SHARE
         again = encoding * task.loop.total / task.loop.eval_every if model.spec.encode else 0

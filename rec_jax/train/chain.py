@@ -53,6 +53,8 @@ def fingerprint(config: Any, *inputs: str) -> str:
     for key in absent:
         *groups, name = key.split(".")
         config_lib.get(kept, ".".join(groups)).pop(name)
+    if not config.towers.text.refresh:
+        kept["towers"]["text"].pop("refresh")
     for name, off in OFF.items():
         if config.towers.user[name] == off:
             kept["towers"]["user"].pop(name)

@@ -46,6 +46,7 @@ class LoopSpec:
     prefetch: int
     seed: int
     goal: str = "max"  # what better means of the monitored metric: "max" or "min"
+    refresh_every: int = 0  # steps after which the catalogue's text vectors are made anew; 0 = never
 
 
 @dataclasses.dataclass
@@ -83,6 +84,7 @@ class Task:
       evaluate: params, whole on one device of this process, -> metrics of the validation split; process 0's count.
       continues: the parameters were trained by a stage before. Then they are validated before the first step too, so that a stage that
         makes nothing better leaves them as they were.
+      encode: params, as for `evaluate`, -> text vectors of the catalogue [N, D_text], where they are made anew.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Task:
     rules: mesh_lib.Rules
     evaluate: Evaluate
     continues: bool = False
+    encode: Callable[[Any], np.ndarray] | None = None
 
 
 def create_state(task: Task, params: Any, optimizer: Any) -> state_lib.TrainState:
@@ -196,6 +199,31 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(s, handler)
 
 
+def _table_file(folder: epath.Path, step: int) -> epath.Path:
+    return folder / f"text_vectors-{step}.npy"
+
+
+def _keep_table(folder: epath.Path, step: int, table: np.ndarray, *, first: int) -> None:
+    """Writes the text vectors of a step, whole or not at all; those before step `first`, which no resume asks for, go."""
+    temporary = folder / "text_vectors.tmp"
+    with temporary.open("wb") as f:
+        np.save(f, table)
+    temporary.replace(_table_file(folder, step))
+    for old in folder.glob("text_vectors-*.npy"):
+        if int(old.stem.partition("-")[2]) < first:
+            old.unlink()
+
+
+def _read_table(folder: epath.Path, step: int) -> np.ndarray:
+    file = _table_file(folder, step)
+    if not file.exists():
+        raise RecJaxError(
+            f"{file} is missing, without which the run cannot go on as it was: bring it back, or begin anew in another workdir"
+        )
+    with file.open("rb") as f:
+        return np.load(f, allow_pickle=False)
+
+
 class _Run:
     """The state of a running loop."""
 
@@ -224,7 +252,7 @@ class _Run:
 
     def to_the_end(self) -> Progress:
         loop = self.task.loop
-        constants = mesh_lib.put(self.task.constants, mesh_lib.replicated(self.mesh))
+        constants = mesh_lib.put(self._constants_at(self.start), mesh_lib.replicated(self.mesh))
         if self.resumed:
             self.display.say(f"going on from step {self.start} of {self.task.folder}")
         step = self.start
@@ -233,6 +261,8 @@ class _Run:
                 self._evaluate(0)
             with _stop_signals() as stop_asked:
                 while not self._finished(step):
+                    if loop.refresh_every and step and step % loop.refresh_every == 0:
+                        constants = self._refreshed(step, constants)
                     processes.at(f"step {step + 1}, making its batch")
                     batch = next(self.iterator)
                     examples = batch.examples
@@ -270,6 +300,25 @@ class _Run:
             self.log.close()
             self.iterator.close()
         return self.progress
+
+    def _constants_at(self, step: int) -> Constants:
+        """The constants as the step after `step` has them: with the text vectors of the last time before it that they were made."""
+        every = self.task.loop.refresh_every
+        last = step // every * every if every else 0
+        if last in (0, step):  # those of the start, or made anew before the next step
+            return self.task.constants
+        return dataclasses.replace(self.task.constants, table=_read_table(self.task.folder, last))
+
+    def _refreshed(self, step: int, constants: Constants) -> Constants:
+        """The constants with text vectors by the parameters of this step, which are kept on disk for a resume."""
+        self._collect()
+        processes.at(f"step {step}, text vectors")
+        assert self.task.encode is not None
+        table = self.task.encode(mesh_lib.on_one_device(self.state.params))
+        if jax.process_index() == 0:
+            every = self.task.loop.refresh_every
+            _keep_table(self.task.folder, step, table, first=(self.saved or 0) // every * every)
+        return dataclasses.replace(constants, table=mesh_lib.put(table, mesh_lib.replicated(self.mesh)))
 
     def _compile(self, arrays: Any, constants: Any) -> None:
         """Compiles the step, then waits until all have: the CPU's collectives break when one process comes much later than another."""

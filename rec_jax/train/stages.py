@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -244,9 +245,16 @@ def packed_catalogue(tokens: Ragged, row_tokens: int, devices: int) -> dict[str,
 
 
 def make_task(
-    config: Any, name: str, folder: epath.Path, inputs: Inputs, batches: Any, mesh: jax.sharding.Mesh, evaluate: loop.Evaluate
+    config: Any,
+    name: str,
+    folder: epath.Path,
+    inputs: Inputs,
+    batches: Any,
+    mesh: jax.sharding.Mesh,
+    evaluate: loop.Evaluate,
+    encode: Callable[[Params], np.ndarray] | None = None,
 ) -> loop.Task:
-    """Everything that a stage trains with, durations turned into steps."""
+    """Everything that a stage trains with, durations turned into steps; `encode` makes text vectors of the catalogue, to refresh them."""
     spec = step_of(config, inputs)
     per_step = batches.examples_per_step()
     per_epoch = batches.examples_per_epoch / per_step
@@ -287,7 +295,13 @@ def make_task(
         prefetch=train.prefetch,
         seed=config.seed,
         goal=train.monitor_goal,
+        refresh_every=max(1, steps("towers.text.refresh", total)) if config.towers.text.refresh else 0,
     )
+    if loop_spec.refresh_every and inputs.table is None:
+        raise RecJaxError(
+            f"config.towers.text.refresh={config.towers.text.refresh!r}: no objective of this stage reads vectors of the whole catalogue; "
+            "set it to ''"
+        )
     every = config.towers.text.catalogue == "step" and spec.towers.encode and any(o.catalogue for o in spec.objectives)
     devices = mesh_lib.devices_along(mesh, mesh_lib.BATCH_AXES)
     constants = Constants(
@@ -302,7 +316,7 @@ def make_task(
     rules = mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)
     params = make_params(config, spec, inputs)
     continues = (inputs.last is not None or inputs.start is not None) and spec.kind == "users"
-    return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, continues)
+    return loop.Task(name, folder, spec, loop_spec, optimizer, params, batches, constants, rules, evaluate, continues, encode)
 
 
 def _neighbours(spec: StepSpec, prepared: Prepared) -> tuple[np.ndarray, np.ndarray] | None:
