@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import tiny
 
-from rec_jax.data import prepare
+from rec_jax.data import describe, prepare
 from rec_jax.eval import final, model
 from rec_jax.serve.recommend import Recommender
 from rec_jax.towers import features, history
@@ -77,6 +77,8 @@ def test_columns_go_with_their_users(world):
         assert np.count_nonzero(rows["multi_hot"]["friends"][row]) == (2 if there else 0)
     assert prepared.meta["user_features"]["categorical"]["gender"] == {"values": 3, "missing": 1}
     assert prepared.meta["bad_input"]["missing_feature"]["count"] == 1 + 1 + 11
+    (shown,) = [section for section in describe._features(prepared) if section.title == "Features of users"]
+    assert ["gender", "categorical", "3", "1"] in shown.rows
 
 
 def test_training_moves_them_and_they_have_a_part_in_the_scores(world):

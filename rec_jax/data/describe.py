@@ -176,12 +176,15 @@ def _impressions(prepared: Prepared) -> list[Section]:
 
 
 def _features(prepared: Prepared) -> list[Section]:
-    """What items have beside text: values or widths, and how many lack it."""
-    rows = [["feature", "kind", "values or width", "items without"]]
-    for kind, features in prepared.meta.get("features", {}).items():
-        for name, counts in features.items():
-            rows.append([name, kind, f"{counts.get('values', counts.get('width')):,}", f"{counts['missing']:,}"])
-    return [Section("Features of items", rows)] if len(rows) > 1 else []
+    """What items have beside text, and users beside their histories: values or widths, and how many lack it."""
+    out = []
+    for key, what in (("features", "items"), ("user_features", "users")):
+        rows = [["feature", "kind", "values or width", f"{what} without"]]
+        for kind, features in prepared.meta.get(key, {}).items():
+            for name, counts in features.items():
+                rows.append([name, kind, f"{counts.get('values', counts.get('width')):,}", f"{counts['missing']:,}"])
+        out += [Section(f"Features of {what}", rows)] if len(rows) > 1 else []
+    return out
 
 
 def bad_input(prepared: Prepared) -> list[str]:
