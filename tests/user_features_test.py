@@ -77,7 +77,7 @@ def test_columns_go_with_their_users(world):
         assert np.count_nonzero(rows["multi_hot"]["friends"][row]) == (2 if there else 0)
     assert prepared.meta["user_features"]["categorical"]["gender"] == {"values": 3, "missing": 1}
     assert prepared.meta["bad_input"]["missing_feature"]["count"] == 1 + 1 + 11
-    (shown,) = [section for section in describe._features(prepared) if section.title == "Features of users"]
+    (shown,) = [section for section in describe._features(prepared) if section.heading == "Features of users"]
     assert ["gender", "categorical", "3", "1"] in shown.rows
 
 
