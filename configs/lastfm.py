@@ -23,10 +23,14 @@ def get_config(arg=None):
     c.data.reader = "lastfm"
     c.data.filter.min_user_events = 1
     c.data.split.history = "train"
-    c.towers.item.text = False
-    c.train.duration = "45 epochs"
+    # Names and tags of the artists: by words, and as a text vector that begins short.
+    c.towers.item.words, c.towers.item.text_length = 32, 1.0
+    c.optimizer.learning_rate = 1e-3
+    c.train.duration = "100 epochs"
     c.train.eval_every = c.train.checkpoint_every = "20 percent"
     c.eval.ease_popularity_power, c.eval.ease_regularisation = 0.2, 50.0
     if arg == "smoke":
         recipes.smoke_of_sets(c)
+        c.towers.text.path = "scratch"
+        c.towers.text.scratch.update({"layers": 1, "width": 128, "heads": 2, "words": 2000})
     return c
