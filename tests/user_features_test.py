@@ -102,6 +102,7 @@ def test_another_evaluation_gives_the_same_figures(world):
     assert (world / "work" / "eval" / "test.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_new_users_and_values(world, tmp_path):
     new = write(tmp_path / "new", 50)
     text = (new / "users.tsv").read_text().replace("49\tb", "49\tnew")
