@@ -3,12 +3,13 @@
     python -m rec_jax.train --config=configs/sequences.py --config.data.path=FILE --config.data.items=ITEMS.tsv --workdir=DIR
 
 ITEMS.tsv has `item_id` and text columns (title, categories, genres, brand, author, description). Each history place is trained against
-the whole catalogue, with a share of the weight for the neighbours of its newest items; text vectors are made once. How long it trains,
-and how strong the means against learning histories by heart are, goes by how often an epoch predicts an item (rec_jax/train/adapt.py).
+the whole catalogue, with a share of the weight for the neighbours of its newest items; text vectors are made once, and words have
+vectors of their own. How long it trains, and how strong the means against learning histories by heart are, goes by how often an epoch
+predicts an item (rec_jax/train/adapt.py).
 
 Test NDCG@10, HR@10 with the history's items removed, and with neighbours' scores beside the model's (README.md, "Other data"):
-Amazon Beauty (22,363 users, 12,101 items) .062, .101; .064, .104. MovieLens-1M (6,040 users, 3,416 items) .189, .321; .198, .334
-(before labels were smoothed). Amazon Games 2018 (50,546 users, 16,859 items) .074, .129; .081, .137.
+Amazon Beauty (22,363 users, 12,101 items) .069, .115; .073, .121. MovieLens-1M (6,040 users, 3,416 items) .194, .331; .201, .339.
+Amazon Games 2018 (50,546 users, 16,859 items) .079, .138; .086, .147.
 
 Presets beside it for comparison: `sasrec` is SASRec (Kang & McAuley 2018) with one drawn negative for each place, `sasrec_ce` the same
 with the softmax over the whole catalogue. Both know items by their IDs alone, on dot products, and stop 20 epochs after the best.
