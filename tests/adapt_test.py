@@ -9,6 +9,20 @@ import tiny
 from rec_jax.train import adapt
 
 
+def test_without_texts_items_are_known_by_their_ids_alone():
+    keys = {"train.adapt": True, "towers.item.ids": True, "towers.item.words": 8, "towers.item.text_length": 1.0}
+    given, ids = tiny.config(**keys), ["a", "b"]
+    found = adapt.without_texts(given, ["a", "b"], ids)
+    assert (found.towers.item.text, found.towers.item.words, found.towers.item.text_length) == (False, 0, 0.0)
+    assert found.is_locked
+    assert given.towers.item.text
+    tiny.config_lib.check(found)
+    assert adapt.without_texts(given, ["a", "a text"], ids) is given
+    for key, value in (("train.adapt", False), ("towers.item.ids", False), ("towers.item.id_dropout", 0.1)):
+        other = tiny.config(**{**keys, key: value})
+        assert adapt.without_texts(other, ["a", "b"], ids) is other
+
+
 def test_times_predicted_counts_all_but_first_events():
     assert adapt.times_predicted(np.array([0, 1, 2, 5]), 10) == 0.5
 

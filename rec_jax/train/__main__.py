@@ -34,7 +34,7 @@ from rec_jax.serve.recommend import Recommender, as_text
 from rec_jax.towers import save_hf, two_tower
 from rec_jax.towers.student import shrink
 from rec_jax.train import carry, chain, held_out, loop, objectives, plan, stages
-from rec_jax.train.adapt import adapted
+from rec_jax.train.adapt import adapted, without_texts
 from rec_jax.train.log import duration
 from rec_jax.types import Params, Ragged, RecJaxError
 
@@ -84,13 +84,17 @@ class _Run:
     """The whole job, in each process of the run."""
 
     def __init__(self, config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, on_disk: chain.Stages):
-        self.config, self.workdir, self.mesh, self.on_disk = config, workdir, mesh, on_disk
+        self.workdir, self.mesh, self.on_disk = workdir, mesh, on_disk
         self.clock = _Clock(jax.process_index() == 0)
         self.model: model_lib.Model | None = None  # of the stage that is trained
-        if not config.stages:
-            chain.check_config(config, workdir)
         self.clock.part("data")
         self.prepared: Prepared = prepare(config)
+        given, config = config, without_texts(config, self.prepared.texts(), self.prepared.item_ids())
+        if config is not given:
+            self.clock.say("  no item has a text: items are known by their IDs alone (config.towers.item.text=False)")
+        self.config = config
+        if not config.stages:
+            chain.check_config(config, workdir)
         counts = self.prepared
         self.clock.say(f"  {counts.n_users:,} users, {counts.n_items:,} items, {counts.meta['events']:,} events at {counts.folder}")
         self.tokens: Ragged = processes.first(lambda: vocabulary.catalogue_tokens(config, self.prepared))

@@ -3,11 +3,12 @@
 Both go by how often an epoch predicts an item, on average. Where items are seldom a target, their own vectors soon know whose histories
 they follow: few epochs, neighbours as targets, smoothed labels and left-out events help. Where each is a target often, a tower goes on
 learning, and the same means hold it back. The two laws go through what was found on Amazon Beauty (10.86 times) and MovieLens-1M (290
-times); that smoothed labels go by the same law as the others is taken over from these.
+times); that smoothed labels go by the same law as the others is taken over from these. And whether items have texts at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,28 @@ def epochs(times: float) -> float:
 def strength(times: float) -> float:
     """Which share of the config's strengths is used, by the square root: all up to 10.86 times, a fifth at 290."""
     return min(1.0, (SPARSE / times) ** 0.5) if times > 0 else 1.0
+
+
+def without_texts(config: Any, texts: Sequence[str], ids: Sequence[str]) -> Any:
+    """A run's config for items by their IDs alone where it has `train.adapt`, items have vectors of their own, and no item has a text.
+
+    An item without text is named by its id, and a text vector of that says nothing, but takes part: on Amazon Beauty without its titles
+    NDCG@10 was .051 with such texts, .058 without. A config that asks for what texts alone can do comes back as it is, and so does one with
+    stages, or with an encoder that is trained.
+
+    Args:
+      config: of the run.
+      texts, ids: of the catalogue's items [N].
+    """
+    item, towers = config.towers.item, config.towers
+    plain = not config.stages and config.batch.kind == "histories" and towers.user.kind == "history" and towers.text.source == "frozen"
+    wanted = config.train.adapt and plain and item.ids and item.text and not item.id_dropout
+    if not wanted or list(texts) != list(ids):
+        return config
+    out = config.copy_and_resolve_references()
+    with out.unlocked():
+        out.towers.item.text, out.towers.item.words, out.towers.item.text_length = False, 0, 0.0
+    return out
 
 
 def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
