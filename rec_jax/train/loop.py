@@ -20,6 +20,7 @@ from rec_jax import processes
 from rec_jax.checkpoint import Checkpoints
 from rec_jax.data.pipeline import Batches, prefetched
 from rec_jax.train import optimizer as optimizer_lib
+from rec_jax.train import refreshed
 from rec_jax.train import state as state_lib
 from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.log import Display, MetricsLog, check_finite
@@ -199,31 +200,6 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(s, handler)
 
 
-def _table_file(folder: epath.Path, step: int) -> epath.Path:
-    return folder / f"text_vectors-{step}.npy"
-
-
-def _keep_table(folder: epath.Path, step: int, table: np.ndarray, *, first: int) -> None:
-    """Writes the text vectors of a step, whole or not at all; those before step `first`, which no resume asks for, go."""
-    temporary = folder / "text_vectors.tmp"
-    with temporary.open("wb") as f:
-        np.save(f, table)
-    temporary.replace(_table_file(folder, step))
-    for old in folder.glob("text_vectors-*.npy"):
-        if int(old.stem.partition("-")[2]) < first:
-            old.unlink()
-
-
-def _read_table(folder: epath.Path, step: int) -> np.ndarray:
-    file = _table_file(folder, step)
-    if not file.exists():
-        raise RecJaxError(
-            f"{file} is missing, without which the run cannot go on as it was: bring it back, or begin anew in another workdir"
-        )
-    with file.open("rb") as f:
-        return np.load(f, allow_pickle=False)
-
-
 class _Run:
     """The state of a running loop."""
 
@@ -307,7 +283,7 @@ class _Run:
         last = step // every * every if every else 0
         if last in (0, step):  # those of the start, or made anew before the next step
             return self.task.constants
-        return dataclasses.replace(self.task.constants, table=_read_table(self.task.folder, last))
+        return dataclasses.replace(self.task.constants, table=refreshed.read(self.task.folder, last))
 
     def _refreshed(self, step: int, constants: Constants) -> Constants:
         """The constants with text vectors by the parameters of this step, which are kept on disk for a resume."""
@@ -317,7 +293,7 @@ class _Run:
         table = self.task.encode(mesh_lib.on_one_device(self.state.params))
         if jax.process_index() == 0:
             every = self.task.loop.refresh_every
-            _keep_table(self.task.folder, step, table, first=(self.saved or 0) // every * every)
+            refreshed.keep(self.task.folder, step, table, first=(self.saved or 0) // every * every)
         return dataclasses.replace(constants, table=mesh_lib.put(table, mesh_lib.replicated(self.mesh)))
 
     def _compile(self, arrays: Any, constants: Any) -> None:
