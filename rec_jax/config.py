@@ -121,6 +121,8 @@ def check(config: ConfigDict) -> None:
     for name in fused(config):
         if name not in BASELINES:
             raise RecJaxError(f"config.eval.fuse={config.eval.fuse!r}: expected names of {', '.join(BASELINES)}, with '+' between, or ''")
+    if len(set(fused(config))) < len(fused(config)):
+        raise RecJaxError(f"config.eval.fuse={config.eval.fuse!r} names a baseline twice")
     for name in config.eval.baselines:
         if name not in BASELINES:
             raise RecJaxError(f"config.eval.baselines names {name!r}: expected some of {', '.join(BASELINES)}")

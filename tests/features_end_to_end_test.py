@@ -12,16 +12,7 @@ from rec_jax.serve.recommend import Recommender
 from rec_jax.train import __main__ as command
 from rec_jax.types import RecJaxError
 
-TINY = {
-    **tiny.FLAGS,
-    "towers.user.dropout": 0.0,
-    "train.duration": "8 steps",
-    "train.log_every": "1 steps",
-    "train.eval_every": "8 steps",
-    "train.checkpoint_every": "8 steps",
-    "train.monitor_goal": "min",
-    "eval.fuse": "",
-}
+TINY = {**tiny.EIGHT_STEPS, "eval.fuse": ""}
 KINDS = {"categorical": "('brand',)", "multi_hot": "('tags',)", "numeric": "('price',)"}
 COLORS = ("red", "green", "blue", "black", "white")
 

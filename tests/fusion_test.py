@@ -156,6 +156,8 @@ def test_what_cannot_be_fused_is_said_before_training():
     fusion.check(tiny.config(**{"eval.fuse": "ease"}))
     with pytest.raises(RecJaxError, match=r"config\.eval\.fuse='ease\+knn': expected names of popularity"):
         tiny.config(**{"eval.fuse": "ease+knn"})
+    with pytest.raises(RecJaxError, match=r"config\.eval\.fuse='ease\+ease' names a baseline twice"):
+        tiny.config(**{"eval.fuse": "ease+ease"})
     with pytest.raises(RecJaxError, match=r"config\.eval\.baselines names 'knn': expected some of popularity"):
         tiny.config(**{"eval.baselines": ("popularity", "knn")})
     texts = tiny.config(**{"eval.fuse": "ease", "batch.kind": "texts", "towers.text.source": "tokens"})

@@ -37,6 +37,15 @@ FLAGS = {
     "eval.baselines": "('popularity',)",
     "data.on_bad.duplicate_event": "keep",
 }
+EIGHT_STEPS = {
+    **FLAGS,
+    "towers.user.dropout": 0.0,
+    "train.duration": "8 steps",
+    "train.log_every": "1 steps",
+    "train.eval_every": "8 steps",
+    "train.checkpoint_every": "8 steps",
+    "train.monitor_goal": "min",  # so that a step is kept that has moved
+}
 
 
 def bert_spec(**changes) -> BertSpec:

@@ -19,13 +19,7 @@ from rec_jax.train import __main__ as command
 from rec_jax.types import Ragged, RecJaxError
 
 FLAGS = {
-    **tiny.FLAGS,
-    "towers.user.dropout": 0.0,
-    "train.duration": "8 steps",
-    "train.log_every": "1 steps",
-    "train.eval_every": "8 steps",
-    "train.checkpoint_every": "8 steps",
-    "train.monitor_goal": "min",
+    **tiny.EIGHT_STEPS,
     "eval.fuse": "sequence_knn",
     "data.user_features.categorical": "('gender',)",
     "data.user_features.multi_hot": "('friends',)",

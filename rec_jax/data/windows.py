@@ -67,7 +67,7 @@ class _Source:
         for user, first, last in zip(users.tolist(), start.tolist(), stop.tolist(), strict=True):
             record = self._histories[user]
             train = record["splits"] == 0
-            whole = {**record, "users": np.full(len(train), user, np.int32)}
+            whole = {**record, "users": np.full(len(train), user, np.int32)} if "users" in self._columns else record
             parts.append([whole[name][train][first:last] for name in ("items", *self._columns)])
         offsets = np.concatenate([[0], np.cumsum(stop - start)])
         items, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
