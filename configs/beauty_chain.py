@@ -17,12 +17,12 @@ def get_config(arg=None):
     """`smoke`: a few steps of each stage, with a small encoder of random weights. The others leave a stage out (rec_jax/recipes.py)."""
     c = defaults()
     recipes.sequences(c)
-    # Neighbours as targets are a teacher of another kind, and words and a start near the items are read from texts as the stages are:
-    # without them it is seen what the stages add.
+    # Neighbours as targets are a teacher of another kind, and words, a start near the items and texts that seldom seen items are ranked by
+    # are read from texts as the stages are: without them it is seen what the stages add.
     c.objectives.info_nce.neighbour_share = 0.0
     c.objectives.info_nce.label_smoothing = 0.0
     c.batch.drop_events = 0.0
-    c.towers.user.near_items, c.towers.item.words = False, 0
+    c.towers.user.near_items, c.towers.item.words, c.towers.item.id_shrinkage = False, 0, 0.0
     c.optimizer.learning_rate = 3e-3
     c.eval.fuse = "sequence_knn"
 

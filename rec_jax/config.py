@@ -152,6 +152,11 @@ def check(config: ConfigDict) -> None:
         raise RecJaxError("config.towers.user.kind='id' knows no histories: set config.batch.kind='impressions', or another user tower")
     if config.batch.kind == "impressions" and config.towers.user.kind != "id":
         raise RecJaxError(f"config.batch.kind='impressions' needs config.towers.user.kind='id'; it is {config.towers.user.kind!r}")
+    if config.batch.kind == "impressions" and config.towers.item.id_shrinkage:
+        raise RecJaxError(
+            f"config.towers.item.id_shrinkage={config.towers.item.id_shrinkage!r} is for the ranking of a catalogue, and impressions are "
+            "scored with whole vectors: set it to 0"
+        )
     if not any(o.weight > 0 for o in config.objectives.values()):
         raise RecJaxError(f"no objective has a weight above 0; set one of config.objectives.{{{', '.join(config.objectives)}}}.weight")
     refresh = ("towers.text.refresh",) if config.towers.text.refresh else ()

@@ -134,6 +134,9 @@ def defaults() -> ConfigDict:
     c.towers.item.id_buckets = 0
     c.towers.item.id_hashes = 2
     c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
+    # The catalogue is ranked with items' own vectors times n / (n + this), n the item's train events: what is seldom a target learns to be
+    # far from all users, and its text knows better; what was never seen is what its text says. Training knows nothing of it. 0 = off
+    c.towers.item.id_shrinkage = 0.0
     # Words of an item's text, and pairs of them, that have trained vectors of their own, whose mean is added: the rarest of those that two
     # items or more have, and not more than a tenth of them; what a name or a series says, any item of it shows. 0 = none
     c.towers.item.words = 0

@@ -97,7 +97,8 @@ def sasrec(c: ConfigDict, *, loss: str) -> None:
     Gold Loss: is BERT4Rec really better than SASRec?" (2023), for the softmax.
     """
     c.towers.dim, c.towers.normalize = 50, False
-    c.towers.item.text, c.towers.item.ids, c.towers.item.text_length, c.towers.item.words = False, True, 0.0, 0
+    c.towers.item.text, c.towers.item.ids, c.towers.item.text_length = False, True, 0.0
+    c.towers.item.words, c.towers.item.id_shrinkage = 0, 0.0
     c.towers.user.layers, c.towers.user.heads, c.towers.user.mlp, c.towers.user.dropout = 2, 1, 50, 0.5
     c.towers.user.near_items = False
     c.batch.history_rows, c.batch.history_length = 2, 50
@@ -167,10 +168,10 @@ def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> Non
             "train": {"duration": task},
         }
     )
-    # A student without a transformer; the teacher is the stage before.
+    # A student without a transformer; the teacher is the stage before, as it ranks: nothing of it is left to be shrunk.
     c.stage.distill = ConfigDict(
         {
-            "towers": {"text": {"layers": 0}},
+            "towers": {"text": {"layers": 0}, "item": {"id_shrinkage": 0.0}},
             "objectives": {"info_nce": {"weight": 0.1}, "distill_kl": {"weight": 1.0, "scale": 0.0}},
             "optimizer": {"learning_rate": 2e-4},
             "train": {"duration": distill},
@@ -199,6 +200,7 @@ def vary(c: ConfigDict, name: str) -> None:
         c.stage.distill.objectives.distill_kl.scale = 14.0  # the teacher has learned no temperature
     elif name == "no_teacher":
         c.stage.distill.objectives = ConfigDict({"info_nce": {"weight": 1.0}})
+        c.stage.distill.towers.item.id_shrinkage = c.towers.item.id_shrinkage
     elif name == "alone":
         c.stages = ("alone",)
         c.stage.alone = ConfigDict({"towers": {"text": {"layers": 0}}})

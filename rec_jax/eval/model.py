@@ -58,7 +58,8 @@ class Model:
         self.shared, self.features, self.of_users = shared, features, of_users
         self.config, self.prepared, self.tokens, self.spec, self.table = config, prepared, tokens, spec, table
         self.validated: tuple[int, np.ndarray] | None = None  # step and catalogue vectors of the last validation
-        self._items = jax.jit(lambda p, t, f: two_tower.item_vectors(p, spec, t, f))
+        self._counts = prepared.item_counts() if spec.id_shrinkage else None
+        self._items = jax.jit(lambda p, t, f, counts: two_tower.item_vectors(two_tower.as_ranked(p, spec, counts), spec, t, f))
         self._users = jax.jit(lambda p, v, h, columns, of_users: two_tower.user_vectors(p, spec, v, h, columns, of_users))
         self._products = jax.jit(interests.scores)
         head = spec.task
@@ -80,7 +81,7 @@ class Model:
         params, table = two_tower.merged(params, self.spec), self.table
         if self.spec.item_text and self.spec.encode and (step != 0 or table is None):
             table = self.text_table(params)
-        return np.asarray(self._items(params, table, self.features))
+        return np.asarray(self._items(params, table, self.features, self._counts))
 
     def text_table(self, params: Params) -> np.ndarray:
         """Text vectors of the catalogue [N, D_text] by the encoder in the parameters."""

@@ -60,7 +60,8 @@ def _trained(
     if text_params is None:
         name = stage or (whole.stages[-1] if whole.stages else None)
         text_params = encoder_of(whole, workdir, name, trained.model.prepared)[0]
-    others = {k: v for k, v in trained.params.items() if k not in ("task", "text")}
+    ranked = two_tower.as_ranked(trained.params, trained.model.spec, trained.model.prepared.item_counts())
+    others = {k: v for k, v in ranked.items() if k not in ("task", "text")}
     return trained.model.spec, others, text_params, {"features": trained.model.features, "of_users": trained.model.of_users}
 
 

@@ -41,6 +41,7 @@ class TwoTowerSpec:
       id_buckets, id_hashes: rows of the hashed table of these vectors, and how many of them are summed for an item; 0 = a row for each.
       item_text: False: an item is its own vector, and its features, alone; there is no head.
       id_dropout: probability that a training step does not know an item's own vector.
+      id_shrinkage: of `as_ranked`; 0 = none.
       features: what items have beside text and ID, or None.
       text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
       user: "history", "text", "id", or "none": an encoder alone.
@@ -63,6 +64,7 @@ class TwoTowerSpec:
     n_users: int = 0
     item_text: bool = True
     id_dropout: float = 0.0
+    id_shrinkage: float = 0.0
     text_length: float = 0.0
     task: interactions.InteractionSpec | None = None
     lora_rank: int = 0
@@ -114,8 +116,8 @@ def make_spec(
       ratings: of `HistorySpec`, where the history tower reads them.
 
     Raises:
-      RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length or id_buckets, no id_hashes,
-        buckets without IDs.
+      RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length, id_shrinkage or id_buckets,
+        no id_hashes, buckets without IDs, id_shrinkage without IDs, without text or with buckets.
     """
     t, u, h = towers.text, towers.user, towers.task
     if not 0 <= towers.item.id_dropout < 1:
@@ -124,6 +126,10 @@ def make_spec(
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} drops items' own vectors: set config.towers.item.ids")
     if not towers.item.text and towers.item.id_dropout:
         raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} leaves nothing of an item without text: set it to 0")
+    if towers.item.id_shrinkage < 0:
+        raise RecJaxError(f"config.towers.item.id_shrinkage={towers.item.id_shrinkage!r}: must be at least 0, which shrinks nothing")
+    if towers.item.id_shrinkage:
+        _check_shrinkage(towers.item)
     if towers.item.id_buckets < 0 or towers.item.id_hashes < 1:
         key, least = ("id_buckets", "0, a row for each item") if towers.item.id_buckets < 0 else ("id_hashes", "1")
         raise RecJaxError(f"config.towers.item.{key}={towers.item[key]!r}: must be at least {least}")
@@ -160,6 +166,7 @@ def make_spec(
         n_users=n_users if u.kind == "id" else 0,
         text_length=towers.item.text_length,
         id_dropout=towers.item.id_dropout,
+        id_shrinkage=towers.item.id_shrinkage,
         task=interactions.InteractionSpec(
             kind=h.kind,
             tasks=tasks,
@@ -181,6 +188,16 @@ def make_spec(
         lora_pattern=t.lora.pattern,
         features=None if features is None else features_lib.make_spec(towers.item, features, towers.dim),
     )
+
+
+def _check_shrinkage(item: Any) -> None:
+    place = f"config.towers.item.id_shrinkage={item.id_shrinkage!r}"
+    if not item.ids:
+        raise RecJaxError(f"{place} is of items' own vectors: set config.towers.item.ids=True, or it to 0")
+    if not item.text:
+        raise RecJaxError(f"{place} trusts the text of a seldom seen item more than its own vector, and items have no text: set it to 0")
+    if item.id_buckets:
+        raise RecJaxError(f"{place} goes by item, and rows of config.towers.item.id_buckets={item.id_buckets} are shared: set one to 0")
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
@@ -290,6 +307,21 @@ def _given(spec: TwoTowerSpec, features: features_lib.Rows | None) -> features_l
     if features is None:
         raise RecJaxError("the item tower reads features of items (TwoTowerSpec.features), and none are given: pass those of the catalogue")
     return features
+
+
+def as_ranked(params: Params, spec: TwoTowerSpec, counts: Array | None) -> Params:
+    """Parameters as the catalogue is ranked with them: own vectors of seldom seen items shrunk by `spec.id_shrinkage` (`ids.shrunk`).
+
+    Training works with the whole vectors: with the factor in the step, learning makes up for a part of it.
+
+    Args:
+      params, spec: of the towers; an own vector of each item where `spec.id_shrinkage` is not 0.
+      counts: [N] train events of each item; read where it is not 0.
+    """
+    if not spec.id_shrinkage:
+        return params
+    assert counts is not None
+    return {**params, "ids": ids_lib.shrunk(params["ids"], counts, spec.id_shrinkage)}
 
 
 def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:

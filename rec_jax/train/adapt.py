@@ -52,7 +52,8 @@ def without_texts(config: Any, texts: Sequence[str], ids: Sequence[str]) -> Any:
         return config
     out = config.copy_and_resolve_references()
     with out.unlocked():
-        out.towers.item.text, out.towers.item.words, out.towers.item.text_length = False, 0, 0.0
+        out.towers.item.text, out.towers.item.words = False, 0
+        out.towers.item.text_length, out.towers.item.id_shrinkage = 0.0, 0.0
     return out
 
 

@@ -55,6 +55,8 @@ def fingerprint(config: Any, *inputs: str) -> str:
         config_lib.get(kept, ".".join(groups)).pop(name)
     if not config.towers.text.refresh:
         kept["towers"]["text"].pop("refresh")
+    if not config.towers.item.id_shrinkage:
+        kept["towers"]["item"].pop("id_shrinkage")
     for name, off in OFF.items():
         if config.towers.user[name] == off:
             kept["towers"]["user"].pop(name)
