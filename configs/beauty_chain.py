@@ -20,7 +20,7 @@ def get_config(arg=None):
     # Neighbours as targets are a teacher of another kind, and words, a start near the items and texts that seldom seen items are ranked by
     # are read from texts as the stages are: without them it is seen what the stages add.
     c.objectives.info_nce.neighbour_share = 0.0
-    c.objectives.info_nce.label_smoothing = 0.0
+    c.objectives.info_nce.label_smoothing, c.objectives.info_nce.mask_history = 0.0, False
     c.batch.drop_events = 0.0
     c.towers.user.near_items, c.towers.item.words, c.towers.item.id_shrinkage = False, 0, 0.0
     c.optimizer.learning_rate = 3e-3

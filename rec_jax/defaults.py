@@ -227,6 +227,9 @@ def defaults() -> ConfigDict:
     # That many places of a shard, drawn anew each step, are trained, with candidates="catalogue"; 0 = all. In random orders the places of a
     # history teach much the same, and few of them with several positives each cost less
     c.objectives.info_nce.places = 0
+    # With candidates="catalogue": items of a place's history are no candidates, as a ranking leaves them out; else what is nearest to it
+    # is a negative for having been chosen already. The target is one all the same. For data where few items come again
+    c.objectives.info_nce.mask_history = False
     # With candidates="catalogue": that many times the log of its share of the train events is added to an item's logit, in training alone,
     # so that vectors need not say how popular an item is: seldom seen items rank higher, at a little cost to all
     c.objectives.info_nce.popularity_prior = 0.0
@@ -358,8 +361,8 @@ def defaults() -> ConfigDict:
     c.train = ConfigDict()
     # "N steps" | "N epochs" | "N examples" | "auto": epochs of histories by how often one predicts an item (rec_jax.train.adapt)
     c.train.duration = "30 epochs"
-    # True: batch.drop_events, neighbour_share and label_smoothing of objectives.info_nce are what sparse data wants, and less of all where
-    # an epoch of histories predicts an item more often (rec_jax.train.adapt)
+    # True: batch.drop_events, neighbour_share and label_smoothing of objectives.info_nce, the history tower's dropout and the learning rate
+    # are what sparse data wants; where an epoch predicts an item more often the first are less, the rate is higher (rec_jax.train.adapt)
     c.train.adapt = False
     c.train.log_every = "50 steps"
     c.train.eval_every = "10 percent"  # validation; the best checkpoint is kept
@@ -388,7 +391,8 @@ def defaults() -> ConfigDict:
     c.eval.history_length = 0  # newest items of a history that make the user vector; 0 = batch.history_length
     c.eval.users_per_block = 256
     c.eval.items_per_block = 16384
-    c.eval.max_users = 0  # validation during training ranks at most that many users, drawn by seed; 0 = all
+    # Validation during training ranks at most that many users, drawn by seed, and eval.fuse chooses its weights on these; 0 = all
+    c.eval.max_users = 0
     c.eval.baselines = ("popularity", "item_knn", "sequence_knn", "ease")
     c.eval.ease_max_items = 20000  # EASE inverts a matrix of all items (users where fewer): above this it is left out, and said so
     c.eval.ease_regularisation = 100.0

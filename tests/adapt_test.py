@@ -28,11 +28,13 @@ def test_times_predicted_counts_all_but_first_events():
 
 
 def test_epochs_and_strengths_by_how_often_an_item_is_predicted():
-    assert adapt.epochs(10.86) == 6
-    assert adapt.epochs(8 * 10.86) == pytest.approx(12)
+    assert adapt.epochs(10.86) == 7
+    assert adapt.epochs(10 * 10.86) == pytest.approx(7 * 10**0.3)
     assert (adapt.epochs(0.1), adapt.epochs(1e6)) == (3, 30)
     assert adapt.strength(0) == adapt.strength(1) == adapt.strength(10.86) == 1
     assert adapt.strength(4 * 10.86) == pytest.approx(0.5)
+    assert adapt.haste(0) == adapt.haste(10.86) == 1
+    assert adapt.haste(16 * 10.86) == pytest.approx(2)
 
 
 def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
@@ -44,9 +46,11 @@ def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
         **{"objectives.info_nce.neighbour_share": 0.3, "objectives.info_nce.label_smoothing": 0.1},
     )
     found = adapt.adapted(given, lengths, items)
-    assert found.train.duration == f"{6 * 4 ** (1 / 3):.2f} epochs"
+    assert found.train.duration == f"{7 * 4**0.3:.2f} epochs"
     assert (found.batch.drop_events, found.objectives.info_nce.neighbour_share) == (0.1, 0.15)
     assert found.objectives.info_nce.label_smoothing == 0.05
+    assert found.towers.user.dropout == pytest.approx(given.towers.user.dropout * 0.5**0.5, rel=1e-3)
+    assert found.optimizer.learning_rate == pytest.approx(given.optimizer.learning_rate * 4**0.25, rel=1e-2)
     assert found.is_locked
     assert given.train.duration == "auto"
     assert given.batch.drop_events == 0.2

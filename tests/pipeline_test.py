@@ -72,6 +72,21 @@ def test_every_example_of_the_order_is_handed_out_once_or_waits(source):
     assert pairs == expected_pairs
 
 
+def test_how_many_examples_a_step_takes_is_told_right_where_rows_hold_few():
+    """The longest histories fill a row, the shortest share it with a dozen: an epoch has the steps that it is said to have."""
+    random = np.random.default_rng(0)
+    lengths = np.where(random.random(20_000) < 0.1, 16, random.integers(2, 5, 20_000))
+    c = tiny.config(**{"batch.history_rows": 1, "batch.history_length": 16})
+    histories = Ragged.from_rows([random.integers(0, tiny.N_ITEMS, n) for n in lengths])
+    batches = pipeline.Batches(histories, lengths, pipeline.BatchSpec.from_config(c), seed=0, texts=tiny.tokens(), shards=None)
+    steps, taken, iterator = 0, 0, iter(batches)
+    while taken < batches.examples_per_epoch:
+        taken += int((next(iterator).examples >= 0).sum())
+        steps += 1
+    assert batches.examples_per_epoch / batches.examples_per_step() == pytest.approx(steps, rel=0.03)
+    assert batches.examples_per_epoch / batches.examples_per_step(least=0) != pytest.approx(steps, rel=0.05)
+
+
 @pytest.mark.parametrize(("kind", "source"), KINDS)
 def test_goes_on_where_it_was(kind, source):
     iterator = iter(make(kind, source))

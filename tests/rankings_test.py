@@ -87,3 +87,17 @@ def test_bad_input_is_refused():
     users[3, 0] = np.nan
     with pytest.raises(RecJaxError, match="NaN score"):
         rankings.evaluate_vectors(users, items, eval_set, ks=(5,))
+
+
+def test_some_users_are_drawn_by_seed_with_all_that_is_theirs():
+    random = np.random.default_rng(0)
+    rows = lambda: Ragged.from_rows([random.integers(0, 9, random.integers(1, 4)) for _ in range(30)])
+    whole = EvalSet(np.arange(100, 130), rows(), rows(), 9, rows())
+    assert rankings.some_users(whole, 0, seed=0) is rankings.some_users(whole, 30, seed=0) is whole
+    some = rankings.some_users(whole, 10, seed=1)
+    assert len(set(some.users.tolist())) == 10
+    for n, user in enumerate(some.users - 100):
+        for part in ("history", "targets", "removed"):
+            np.testing.assert_array_equal(getattr(some, part)[n], getattr(whole, part)[int(user)])
+    np.testing.assert_array_equal(some.users, rankings.some_users(whole, 10, seed=1).users)
+    assert set(some.users) != set(rankings.some_users(whole, 10, seed=2).users)

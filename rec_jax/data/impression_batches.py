@@ -87,9 +87,9 @@ class ImpressionBatches(ShardedBatches):
         """See `ShardedBatches`."""
         return _Shard(self, shard)
 
-    def examples_per_step(self, probe: int = 32) -> float:
+    def examples_per_step(self, probe: int = 32, least: int = 4096) -> float:
         """See `ShardedBatches`; without texts it is known."""
-        return super().examples_per_step(probe) if self.spec.encode_items else float(self.spec.shards * self.spec.queries)
+        return super().examples_per_step(probe, least) if self.spec.encode_items else float(self.spec.shards * self.spec.queries)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Positions in the endless order [P] -> which impressions they are [P]."""

@@ -112,6 +112,8 @@ def fused(
 ) -> tuple[rankings.Rankings, dict[str, float]]:
     """Ranks `split` by the model and the baselines of `config.eval.fuse` together -> (Rankings, their weights, chosen on validation).
 
+    Validation is of the users that training watched, at most `config.eval.max_users`.
+
     A baseline is fitted on the train events, as for its own row, so that neither knows the validation items when the weight is chosen;
     on test both have them in their histories.
 
@@ -124,7 +126,8 @@ def fused(
     Raises:
       RecJaxError: no validation users.
     """
-    e, valid = config.eval, prepared.eval_set("valid")
+    e = config.eval
+    valid = rankings.some_users(prepared.eval_set("valid"), e.max_users, seed=config.seed)
     if not len(valid.users):
         raise RecJaxError(f"config.eval.fuse={e.fuse!r} chooses its weight on validation, and this split has no validation users")
     both, weights = model, dict[str, float]()

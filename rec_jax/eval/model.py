@@ -185,15 +185,8 @@ class Model:
         """Metrics of the validation split, as training watches them (of at most eval.max_users users, drawn once)."""
         items = self.item_vectors(params, step=step)
         self.validated = step, items
-        return self.rank(params, self._valid_set(), name="valid", items=items).metrics
-
-    def _valid_set(self) -> EvalSet:
-        whole, most = self.prepared.eval_set("valid"), self.config.eval.max_users
-        if not most or len(whole.users) <= most:
-            return whole
-        chosen = np.sort(np.random.default_rng(self.config.seed).choice(len(whole.users), most, replace=False))
-        removed = None if whole.removed is None else whole.removed.take(chosen)
-        return EvalSet(whole.users[chosen], whole.history.take(chosen), whole.targets.take(chosen), whole.n_items, removed)
+        some = rankings.some_users(self.prepared.eval_set("valid"), self.config.eval.max_users, seed=self.config.seed)
+        return self.rank(params, some, name="valid", items=items).metrics
 
 
 def by_length(lengths: np.ndarray, longest: int, block: int) -> list[tuple[np.ndarray, int]]:

@@ -138,6 +138,15 @@ def blocks(eval_set: EvalSet, users_per_block: int, exclude: Ragged | None = Non
         yield Block(rows, history.take(rows), _once(_padded(targets, rows, width)), padded)
 
 
+def some_users(eval_set: EvalSet, most: int, *, seed: int) -> EvalSet:
+    """The set with at most that many of its users, drawn by seed; 0 = all of them."""
+    if not most or len(eval_set.users) <= most:
+        return eval_set
+    chosen = np.sort(np.random.default_rng(seed).choice(len(eval_set.users), most, replace=False))
+    removed = None if eval_set.removed is None else eval_set.removed.take(chosen)
+    return EvalSet(eval_set.users[chosen], eval_set.history.take(chosen), eval_set.targets.take(chosen), eval_set.n_items, removed)
+
+
 def _evaluate(
     rank: Callable[[Block], topk.Ranked],
     eval_set: EvalSet,

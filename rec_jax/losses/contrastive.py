@@ -41,6 +41,7 @@ def info_nce(
     negatives: Sequence[Candidates] = (),
     hard_negatives: Array | None = None,
     hard_ids: Array | None = None,
+    left_out: Array | None = None,
     symmetric: bool = False,
     form: str = "standard",
     positive_prior: float = 0.0,
@@ -89,6 +90,8 @@ def info_nce(
       negatives: further sets of candidates that all queries share (a queue, uniform draws, mined items).
       hard_negatives: [B, H, D] candidates of one query each; no log Q applies to them.
       hard_ids: [B, H] int32, -1 for an empty place; those with the id of the query's positive are left out.
+      left_out: [B, L] int32, rows of `item` that are no candidates of a query, such as what it has already; -1 for an empty place. A target
+        is a candidate all the same.
       symmetric: the mean with the opposite direction, where the positives seek their queries among all queries. Candidates
         there are whole batch rows; neither log Q nor item_mask nor further negatives apply to them. With target None and N = B both
         directions come from one pass.
@@ -128,6 +131,7 @@ def info_nce(
         negatives=negatives,
         hard_negatives=hard_negatives,
         hard_ids=hard_ids,
+        left_out=left_out,
         symmetric=symmetric,
         form=form,
         positive_prior=positive_prior,
@@ -154,6 +158,7 @@ class Options(TypedDict, total=False):
     negatives: Sequence[Candidates]
     hard_negatives: Array | None
     hard_ids: Array | None
+    left_out: Array | None
     symmetric: bool
     form: str
     positive_prior: float
@@ -238,6 +243,7 @@ def _problems(
     negatives: Sequence[Candidates] = (),
     hard_negatives: Array | None = None,
     hard_ids: Array | None = None,
+    left_out: Array | None = None,
     symmetric: bool = False,
     form: str = "standard",
     positive_prior: float = 0.0,
@@ -271,6 +277,7 @@ def _problems(
         negatives=further,
         hard_negatives=hard_negatives,
         hard_ids=hard_ids,
+        left_out=left_out,
         mesh=mesh,
         axis=axis,
     )
@@ -283,6 +290,8 @@ def _problems(
     forward = softmax.smaller_side_travels(forward)
     if not symmetric:
         return _Problems(forward, None, False, row_loss, totals)
+    if left_out is not None:
+        raise RecJaxError("symmetric=True with left_out, which are no candidates in one direction alone: pass one of both")
     if several:
         raise RecJaxError("symmetric=True with several positives per query: expected one, row i of item for query i, or one target each")
     if target is None and n == b:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from rec_jax.losses.tiles import Side, any_equal, finite, similarities
+from rec_jax.losses.tiles import Side, any_equal, finite, left_out_pairs, similarities
 
 # Elements of a block of logits, by platform. CPU: 16 MB of float32, about the best of tests/bench/info_nce.py --blocks on 2 cores. The
 # others as a tile of the fold: smaller blocks read and write the gradient of the candidates more often, and with the CPU's a GPU took
@@ -172,6 +172,8 @@ def _logits(query: Side, item: Side, scale: Any) -> Any:
     left_out = any_equal(query.numbers, item.numbers)
     if query.ids is not None and item.ids is not None:
         left_out |= any_equal(query.ids, item.ids)
+    if query.left_out is not None:
+        left_out |= left_out_pairs(query, item)
     return jnp.where(left_out, -jnp.inf, similarities(query, item, scale) + item.bias)
 
 

@@ -100,6 +100,7 @@ def make_problem(
     negatives: Sequence[tuple[Candidates, Any]] = (),
     hard_negatives: Array | None = None,
     hard_ids: Array | None = None,
+    left_out: Array | None = None,
     mesh: Mesh | None = None,
     axis: Axis | None = None,
 ) -> Problem:
@@ -147,7 +148,8 @@ def make_problem(
         bias = jnp.where(item_mask, bias, -jnp.inf)
     scale = jnp.asarray(scale, dtype)
     ids = None if query_ids is None else _columns("query_ids", query_ids, b, "ids of each query's positives")
-    side = Side(query, jnp.where(there, targets, NO_POSITIVE), ids, jnp.where(valid, 0, -jnp.inf).astype(dtype))
+    without = None if left_out is None else _columns("left_out", left_out, b, "rows of item that each query leaves out")
+    side = Side(query, jnp.where(there, targets, NO_POSITIVE), ids, jnp.where(valid, 0, -jnp.inf).astype(dtype), left_out=without)
     first = Side(item, jnp.arange(n, dtype=jnp.int32)[:, None], _column(item_ids), bias)
 
     hard = None
@@ -198,7 +200,7 @@ def statistics(
         if seek and number == 0:
             wanted += (Total("positives"),)
         values, by_item = fold(
-            problem.query,
+            problem.query if number == 0 else problem.query._replace(left_out=None),
             candidates,
             problem.scale,
             of_query=wanted,

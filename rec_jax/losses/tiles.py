@@ -33,6 +33,8 @@ class Side(NamedTuple):
       shift: [n] or None, added to the logits that this side's own statistics see.
       teacher: [n, E] or None, vectors whose products are the teacher's logits.
       row: [n] int32, the row's own number among all rows of its side; `fold` sets it.
+      left_out: [n, K] int32 or None; of queries, numbers of candidates that are left out as those of an equal id are, -1 for none. The
+        numbers of the candidates then follow each other.
     """
 
     vectors: Any
@@ -42,6 +44,7 @@ class Side(NamedTuple):
     shift: Any = None
     teacher: Any = None
     row: Any = None
+    left_out: Any = None
 
 
 class Tile(NamedTuple):
@@ -51,7 +54,7 @@ class Tile(NamedTuple):
       logits: [r, c].
       there: [r, c] bool, pairs of two real rows.
       positive: [r, c] bool, the query's positives among the candidates.
-      same: [r, c] bool or None, pairs that an equal id leaves out.
+      same: [r, c] bool or None, pairs that an equal id, or the query, leaves out.
       teacher: [r, c] the teacher's logits or None.
       others: the rows' numbers of the other side, to broadcast with the tile.
       axis: the axis that is folded: QUERIES or CANDIDATES.
@@ -302,6 +305,14 @@ def any_equal(left: Any, right: Any) -> Any:
     return out
 
 
+def left_out_pairs(query: Side, item: Side) -> Any:
+    """[r, c] bool: candidates that a query leaves out by their numbers, which count up from the block's first."""
+    rows, columns = query.left_out.shape[0], item.numbers.shape[0]
+    place = query.left_out - item.numbers[0, 0]
+    place = jnp.where((query.left_out >= 0) & (place >= 0), place, columns)
+    return jnp.zeros((rows, columns), bool).at[jnp.arange(rows)[:, None], place].set(True, mode="drop")
+
+
 def similarities(query: Side, item: Side, scale: Any) -> Any:
     """Blocks of queries [r] and candidates [c] -> logits [r, c], in the dtype of the bias."""
     return scale * jnp.einsum("rd,cd->rc", query.vectors, item.vectors, preferred_element_type=item.bias.dtype)
@@ -312,6 +323,8 @@ def tiles(query: Side, item: Side, scale: Any, teacher_scale: Any, *, axes: tupl
     logits = similarities(query, item, scale)
     positive = any_equal(query.numbers, item.numbers)
     same = None if query.ids is None or item.ids is None else any_equal(query.ids, item.ids)
+    if query.left_out is not None:
+        same = left_out_pairs(query, item) if same is None else same | left_out_pairs(query, item)
     teacher = None
     if query.teacher is not None and item.teacher is not None:
         teacher = teacher_scale * jnp.einsum("rd,cd->rc", query.teacher, item.teacher, preferred_element_type=logits.dtype)

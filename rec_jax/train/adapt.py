@@ -1,8 +1,8 @@
-"""What a config leaves to the data: how long histories are trained on, and how much is done against learning them by heart.
+"""What a config leaves to the data: how long histories are trained on and how fast, and how much is done against learning them by heart.
 
-Both go by how often an epoch predicts an item, on average. Where items are seldom a target, their own vectors soon know whose histories
+All go by how often an epoch predicts an item, on average. Where items are seldom a target, their own vectors soon know whose histories
 they follow: few epochs, neighbours as targets, smoothed labels and left-out events help. Where each is a target often, a tower goes on
-learning, and the same means hold it back. The two laws go through what was found on Amazon Beauty (10.86 times) and MovieLens-1M (290
+learning, and the same means hold it back. The laws go through what was found on Amazon Beauty (10.86 times) and MovieLens-1M (290
 times); that smoothed labels go by the same law as the others is taken over from these. And whether items have texts at all.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from rec_jax.config import AUTO
 
 SPARSE = 10.86  # times an item is predicted: where the strengths are those of the config
-SPARSE_EPOCHS, FEWEST, MOST = 6.0, 3.0, 30.0
+SPARSE_EPOCHS, FEWEST, MOST = 7.0, 3.0, 30.0
 
 
 def times_predicted(train_lengths: np.ndarray, n_items: int) -> float:
@@ -25,13 +25,18 @@ def times_predicted(train_lengths: np.ndarray, n_items: int) -> float:
 
 
 def epochs(times: float) -> float:
-    """How many epochs are trained, by the cube root: 6 at 10.86 times, 18 at 290; 3 to 30."""
-    return min(MOST, max(FEWEST, SPARSE_EPOCHS * (times / SPARSE) ** (1 / 3)))
+    """How many epochs are trained, by about the cube root: 7 at 10.86 times, 19 at 290; 3 to 30."""
+    return min(MOST, max(FEWEST, SPARSE_EPOCHS * (times / SPARSE) ** 0.3))
 
 
 def strength(times: float) -> float:
     """Which share of the config's strengths is used, by the square root: all up to 10.86 times, a fifth at 290."""
     return min(1.0, (SPARSE / times) ** 0.5) if times > 0 else 1.0
+
+
+def haste(times: float) -> float:
+    """By what the config's learning rate is multiplied, by the fourth root: 1 up to 10.86 times, 2.3 at 290."""
+    return max(1.0, (times / SPARSE) ** 0.25)
 
 
 def without_texts(config: Any, texts: Sequence[str], ids: Sequence[str]) -> Any:
@@ -58,10 +63,10 @@ def without_texts(config: Any, texts: Sequence[str], ids: Sequence[str]) -> Any:
 
 
 def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
-    """A stage's config with `train.duration="auto"` as epochs and, with `train.adapt`, the strengths that this data wants.
+    """A stage's config with `train.duration="auto"` as epochs and, with `train.adapt`, the strengths and the rate that this data wants.
 
-    Those are neighbour_share and label_smoothing of objectives.info_nce, and batch.drop_events. A config that leaves nothing to the data
-    comes back as it is.
+    Strengths are neighbour_share and label_smoothing of objectives.info_nce, batch.drop_events and, by its square root, the dropout of a
+    history tower; the rate is optimizer.learning_rate. A config that leaves nothing to the data comes back as it is.
 
     Args:
       config: of one stage.
@@ -80,4 +85,6 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
             for key in ("neighbour_share", "label_smoothing"):
                 out.objectives.info_nce[key] = round(config.objectives.info_nce[key] * strength(times), 4)
             out.batch.drop_events = round(config.batch.drop_events * strength(times), 4)
+            out.towers.user.dropout = round(config.towers.user.dropout * strength(times) ** 0.5, 4)
+            out.optimizer.learning_rate = float(f"{config.optimizer.learning_rate * haste(times):.3g}")
     return out

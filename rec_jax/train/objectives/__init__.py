@@ -110,6 +110,8 @@ def check(
             raise RecJaxError(f"{place}.positives={o.positives} are next items of a packed history: set config.towers.user.kind='history'")
         if o.neighbours and (kind != "histories" or towers.history is None):
             raise RecJaxError(f"{place}.neighbour_share is of packed histories: set it to 0, or config.towers.user.kind='history'")
+        if o.masks_history and (kind != "histories" or towers.history is None):
+            raise RecJaxError(f"{place}.mask_history is of packed histories: set it to False, or config.towers.user.kind='history'")
         if o.history_views:
             history_views.check(place, o.spec, towers)
         if kind == "histories" and towers.history is not None:

@@ -33,6 +33,7 @@ class Objective:
       ramp: steps over which its weight rises from 0; 0 = none.
       positives: next items of the history that are positives of a query.
       neighbours: M, neighbours of each catalogue item that are targets too; 0 = none.
+      masks_history: items of a query's history are no candidates.
       matryoshka: prefix widths that are trained too.
       masked, denoised: what the heads of pre-training make of masked and of damaged texts; batches of texts have these.
       scores: the task head's logits of queries and targets, and of the drawn items.
@@ -56,6 +57,7 @@ class Objective:
     ramp: int = 0
     positives: int = 1
     neighbours: int = 0
+    masks_history: bool = False
     matryoshka: tuple[int, ...] = ()
     masked: bool = False
     denoised: bool = False

@@ -32,10 +32,15 @@ def _uses_users(objective: Objective) -> bool:
 
 def _check_cloze(objective: Objective) -> None:
     place = f"config.objectives.{objective.name}"
-    for key, value, off in (("positives", objective.positives, 1), ("neighbour_share", bool(objective.neighbours), False)):
+    keys = (
+        ("positives", objective.positives, 1),
+        ("neighbour_share", bool(objective.neighbours), 0),
+        ("mask_history", objective.masks_history, False),
+    )
+    for key, value, off in keys:
         if value != off:
             raise RecJaxError(
-                f"{place}.{key} goes by a place's past and its next items, and {CLOZE} hides items anywhere: set {place}.{key}={int(off)}, "
+                f"{place}.{key} goes by a place's past and its next items, and {CLOZE} hides items anywhere: set {place}.{key}={off}, "
                 f"or {CLOZE}=0"
             )
     if objective.history_views:

@@ -45,6 +45,7 @@ class InfoNCESpec:
     neighbour_decay: float = 0.5
     places: int = 0
     popularity_prior: float = 0.0
+    mask_history: bool = False
 
     def __post_init__(self) -> None:
         place = "info_nce"
@@ -83,6 +84,8 @@ class InfoNCESpec:
             raise RecJaxError(f"{place}.symmetric=True needs positives=1: an item seeks one query of its own; positives={self.positives}")
         if self.places and (self.candidates != "catalogue" or self.neighbour_share):
             raise RecJaxError(f"{place}.places={self.places} goes with candidates='catalogue' and neighbour_share=0: set places to 0")
+        if self.mask_history and (self.candidates != "catalogue" or self.shard_catalogue):
+            raise RecJaxError(f"{place}.mask_history=True goes with candidates='catalogue' that every device holds whole: set it to False")
         if self.popularity_prior and (self.candidates != "catalogue" or self.positives > 1):
             raise RecJaxError(
                 f"{place}.popularity_prior={self.popularity_prior} goes with candidates='catalogue' and positives=1: set it to 0"
@@ -125,6 +128,16 @@ def next_places(batch: Batch, positives: int) -> jax.Array:
         same = (segments[:, :, k : k + length] == segments[:, :, :length]) & (segments[:, :, :length] > 0)
         columns.append(jnp.where(same, place + k, -1))
     return jnp.stack(columns, axis=-1).reshape(shards, rows * length, positives)
+
+
+def histories(batch: Batch) -> jax.Array:
+    """Items of the history up to each place, that of the place included [G, Q, S] int32; -1 for what it does not see."""
+    segments = jnp.asarray(batch.history_segments)
+    shards, rows, length = segments.shape
+    items = base.lookup(batch.item_ids, batch.history).reshape(shards, rows, 1, length)
+    place = jnp.arange(length)
+    seen = (segments[..., :, None] == segments[..., None, :]) & (segments[..., :, None] > 0) & (place[:, None] >= place)
+    return jnp.where(seen, items, -1).reshape(shards, rows * length, length)
 
 
 def drawn_places(key: jax.Array, weights: jax.Array, places: int) -> jax.Array:
@@ -180,6 +193,8 @@ def _catalogue(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESp
         following = next_places(batch, spec.positives)
         ids = taken(jnp.where(following >= 0, base.lookup(base.target_ids(batch), following), -1))
         options = {"target": ids, "positive": jnp.take(items, jnp.maximum(ids, 0), axis=0)}
+    if spec.mask_history:
+        options["left_out"] = taken(histories(batch))
     if spec.popularity_prior:
         options |= {"log_q": -context.log_q, "log_q_strength": spec.popularity_prior}
     if context.mesh is not None and spec.shard_catalogue:
@@ -197,7 +212,7 @@ def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec
 
     With s the logits and w the shares, (1 - a) CE(target) + a sum_j w_j CE(j) = CE(target) + a (s_target - sum_j w_j s_j). A place's
     neighbours are those of the newest items of its history, the share of each item `neighbour_decay` times that of the newer one. Where
-    none has any, the target keeps its weight.
+    none has any, the target keeps its weight. With `mask_history` items of the history are no neighbours.
     """
     ids, shares = context.neighbours
     length = batch.history_segments.shape[-1]
@@ -210,9 +225,11 @@ def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec
         same = (older(segments) == segments) & (segments > 0)
         neighbours.append(ids[item])
         parts.append(shares[item] * (same.reshape(-1, 1) * spec.neighbour_decay**age))
-    share = jnp.concatenate(parts, axis=1)
+    share, near = jnp.concatenate(parts, axis=1), jnp.concatenate(neighbours, axis=1)
+    if spec.mask_history:
+        share = jnp.where((near[:, :, None] == problem["left_out"][:, None, :]).any(-1), 0, share)
     total = share.sum(1)
-    vectors = jnp.take(problem["item"], jnp.concatenate(neighbours, axis=1), axis=0)
+    vectors = jnp.take(problem["item"], near, axis=0)
     mean = jnp.einsum("qm,qmd->qd", share / jnp.maximum(total, 1e-6)[:, None], vectors)
     target = jnp.take(problem["item"], problem["target"], axis=0)
     # Queries without a target hold anything at all.
@@ -326,5 +343,6 @@ def make(weight: float, keys: dict[str, Any]) -> base.Objective:
         momentum=spec.momentum,
         positives=spec.positives,
         neighbours=spec.neighbours if spec.neighbour_share else 0,
+        masks_history=spec.mask_history,
         matryoshka=spec.matryoshka,
     )
