@@ -11,9 +11,11 @@ from rec_jax.train import adapt
 
 def test_without_texts_items_are_known_by_their_ids_alone():
     keys = {"train.adapt": True, "towers.item.ids": True, "towers.item.words": 8, "towers.item.text_length": 1.0}
+    keys |= {"objectives.info_nce.mask_history": True, "towers.item.id_shrinkage": 3.0}
     given, ids = tiny.config(**keys), ["a", "b"]
     found = adapt.without_texts(given, ["a", "b"], ids)
     assert (found.towers.item.text, found.towers.item.words, found.towers.item.text_length) == (False, 0, 0.0)
+    assert (found.towers.item.id_shrinkage, found.objectives.info_nce.mask_history) == (0.0, False)
     assert found.is_locked
     assert given.towers.item.text
     tiny.config_lib.check(found)
