@@ -30,17 +30,16 @@ def test_times_predicted_counts_all_but_first_events():
 
 
 def test_epochs_and_strengths_by_how_often_an_item_is_predicted():
-    assert adapt.epochs(10.86) == 7
-    assert adapt.epochs(10 * 10.86) == pytest.approx(7 * 10**0.3)
-    assert (adapt.epochs(0.1), adapt.epochs(1e6)) == (3, 30)
-    assert adapt.strength(0) == adapt.strength(1) == adapt.strength(10.86) == 1
-    assert adapt.strength(4 * 10.86) == pytest.approx(0.5)
-    assert adapt.haste(0) == adapt.haste(10.86) == 1
-    assert adapt.haste(16 * 10.86) == pytest.approx(2)
+    for times in (0, 0.1, 10.86, 30):
+        assert (adapt.epochs(times), adapt.strength(times), adapt.haste(times)) == (7, 1, 1)
+    assert adapt.epochs(290) == pytest.approx(18.75, rel=1e-2)
+    assert adapt.epochs(1e6) == 30
+    assert adapt.strength(290) == pytest.approx(0.1935, rel=1e-2)
+    assert adapt.haste(290) == pytest.approx(2.27, rel=1e-2)
 
 
 def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
-    lengths, items = np.full(100, 1 + 4 * 1086), 10_000
+    lengths, items = np.full(100, 1 + 29_000), 10_000
     as_it_is = tiny.config()
     assert adapt.adapted(as_it_is, lengths, items) is as_it_is
     given = tiny.config(
@@ -48,11 +47,11 @@ def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
         **{"objectives.info_nce.neighbour_share": 0.3, "objectives.info_nce.label_smoothing": 0.1},
     )
     found = adapt.adapted(given, lengths, items)
-    assert found.train.duration == f"{7 * 4**0.3:.2f} epochs"
-    assert (found.batch.drop_events, found.objectives.info_nce.neighbour_share) == (0.1, 0.15)
-    assert found.objectives.info_nce.label_smoothing == 0.05
-    assert found.towers.user.dropout == pytest.approx(given.towers.user.dropout * 0.5**0.5, rel=1e-3)
-    assert found.optimizer.learning_rate == pytest.approx(given.optimizer.learning_rate * 4**0.25, rel=1e-2)
+    assert found.train.duration == f"{adapt.epochs(290):.2f} epochs"
+    shares = found.batch.drop_events, found.objectives.info_nce.neighbour_share, found.objectives.info_nce.label_smoothing
+    assert shares == pytest.approx([0.2 * 0.1935, 0.3 * 0.1935, 0.1 * 0.1935], rel=1e-2)
+    assert found.towers.user.dropout == pytest.approx(given.towers.user.dropout * 0.1935**0.5, rel=1e-2)
+    assert found.optimizer.learning_rate == pytest.approx(given.optimizer.learning_rate * 2.27, rel=1e-2)
     assert found.is_locked
     assert given.train.duration == "auto"
     assert given.batch.drop_events == 0.2
