@@ -385,6 +385,8 @@ def test_a_fingerprint_without_a_start_is_what_it_was():
         *groups, name = key.split(".")
         config_lib.get(kept, ".".join(groups)).pop(name)
     kept["towers"]["text"].pop("refresh")
+    kept["towers"]["item"].pop("id_shrinkage")
+    kept["objectives"]["info_nce"].pop("mask_history")
     for name in OFF:
         kept["towers"]["user"].pop(name)
     expected = hashlib.sha256(json.dumps([kept, "data"], sort_keys=True).encode()).hexdigest()[:16]

@@ -135,6 +135,7 @@ STAGES = {
         (
             ("objectives.info_nce.candidates", "batch"),
             ("objectives.info_nce.neighbour_share", "0"),
+            ("objectives.info_nce.mask_history", "False"),
             ("objectives.info_nce.queue", "8192"),
             ("objectives.info_nce.momentum", "0.999"),
             ("towers.text.source", "tokens"),
