@@ -143,7 +143,8 @@ def test_the_loss_is_that_of_a_naive_sum(share, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"objectives.info_nce.positives": 2}, {"objectives.info_nce.places": 8}])
 def test_eight_devices_find_the_gradient_of_one(changes, tmp_path):
-    tiny.gradient_of_one_device_and_eight(tiny.task(tiny.config(**ON, **changes), tmp_path))
+    gradient = tiny.gradient_of_one_device_and_eight(tiny.task(tiny.config(**ON, **changes), tmp_path))
+    assert np.abs(gradient["user"]["project"]["kernel"]).max() > 0
 
 
 @pytest.mark.parametrize(
