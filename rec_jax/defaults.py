@@ -114,9 +114,8 @@ def defaults() -> ConfigDict:
     c.towers.text.static = False  # a student of no layers whose word vectors are the encoder's vectors of single words
     # What candidates="catalogue" of a trained encoder are made of: their texts as the stage found them, or encoded anew in each step
     c.towers.text.catalogue = "start"  # start | step
-    c.towers.text.refresh = (
-        ""  # with "start": a duration, like "1 epochs", after which the texts are encoded anew, again and again; "" = never
-    )
+    # With "start": a duration, like "1 epochs", after which the texts are encoded anew, again and again; "" = never
+    c.towers.text.refresh = ""
     c.towers.text.lora = ConfigDict()  # low-rank adapters instead of the kernels; the encoder itself is frozen by optimizer.freeze
     c.towers.text.lora.rank = 0  # 0 = none
     c.towers.text.lora.alpha = 16.0
@@ -134,9 +133,7 @@ def defaults() -> ConfigDict:
     c.towers.item.id_buckets = 0
     c.towers.item.id_hashes = 2
     c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
-    # The catalogue is ranked with items' own vectors times n / (n + this), n the item's train events: what is seldom a target learns to be
-    # far from all users, and its text knows better; what was never seen is what its text says. Training knows nothing of it. 0 = off
-    c.towers.item.id_shrinkage = 0.0
+    c.towers.item.id_shrinkage = 0.0  # own vectors rank times n / (n + this), n an item's train events (rec_jax.towers.ids.shrunk); 0 = off
     # Words of an item's text, and pairs of them, that have trained vectors of their own, whose mean is added: the rarest of those that two
     # items or more have, and not more than a tenth of them; what a name or a series says, any item of it shows. 0 = none
     c.towers.item.words = 0
@@ -151,11 +148,9 @@ def defaults() -> ConfigDict:
     # What the features do with the vector of text and ID: they are added | a linear layer takes all, one behind the other | each is added
     # as far as a gate, which sees that vector, lets it through
     c.towers.item.fusion = "sum"  # sum | concat | gate
-    # Probability that a step does not know a feature of an item, for each feature; nothing is scaled up for it
-    c.towers.item.modality_dropout = 0.0
+    c.towers.item.modality_dropout = 0.0  # probability that a step does not know a feature of an item, for each; nothing is scaled up
     c.towers.user = ConfigDict()
-    # history: transformer over item vectors, causal but with batch.cloze | text: the history written out as text
-    # | id: a trained vector of each user
+    # history: transformer over item vectors, causal but with batch.cloze | text: the history written out | id: each user's trained vector
     c.towers.user.kind = "history"
     c.towers.user.layers = 2
     c.towers.user.heads = 2
@@ -165,8 +160,7 @@ def defaults() -> ConfigDict:
     c.towers.user.layer = "attention"  # attention: softmax, then an MLP | hstu: HSTU's gated layer, SiLU for the softmax and no MLP
     # learned: a vector of each place | rotary: queries and keys turned by their place | relative: a bias of each head by distance | none
     c.towers.user.positions = "learned"
-    # The tower begins close to the identity, a user vector as that of the newest item (readout="mean": as the mean of the history's);
-    # False: all of it is drawn
+    # The tower begins near the identity, a user as the newest item (readout="mean": as the history's mean); False: all of it is drawn
     c.towers.user.near_items = False
     c.towers.user.readout = "last"  # user vector: last, what the layers make of the newest item | mean, the mean over the whole history
     # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event); () = nothing. This key,
@@ -391,8 +385,7 @@ def defaults() -> ConfigDict:
     c.eval.history_length = 0  # newest items of a history that make the user vector; 0 = batch.history_length
     c.eval.users_per_block = 256
     c.eval.items_per_block = 16384
-    # Validation during training ranks at most that many users, drawn by seed, and eval.fuse chooses its weights on these; 0 = all
-    c.eval.max_users = 0
+    c.eval.max_users = 0  # validation in training, and the weights of eval.fuse, are by at most so many users, drawn by seed; 0 = all
     c.eval.baselines = ("popularity", "item_knn", "sequence_knn", "ease")
     c.eval.ease_max_items = 20000  # EASE inverts a matrix of all items (users where fewer): above this it is left out, and said so
     c.eval.ease_regularisation = 100.0
