@@ -46,7 +46,12 @@ def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
         **{"train.duration": "auto", "train.adapt": True, "batch.drop_events": 0.2},
         **{"objectives.info_nce.neighbour_share": 0.3, "objectives.info_nce.label_smoothing": 0.1},
     )
-    found = adapt.adapted(given, lengths, items)
+    said = []
+    found = adapt.adapted(given, lengths, items, said.append)
+    assert said[0].startswith("  an epoch predicts an item 290.0 times on average: train.duration='18.")
+    assert "batch.drop_events=0.0387" in said[0]
+    assert adapt.adapted(as_it_is, lengths, items, said.append) is as_it_is
+    assert len(said) == 1
     assert found.train.duration == f"{adapt.epochs(290):.2f} epochs"
     shares = found.batch.drop_events, found.objectives.info_nce.neighbour_share, found.objectives.info_nce.label_smoothing
     assert shares == pytest.approx([0.2 * 0.1935, 0.3 * 0.1935, 0.1 * 0.1935], rel=1e-2)

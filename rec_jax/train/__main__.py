@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -137,10 +137,10 @@ class _Run:
         counts = f"{(new.items < 0).sum():,} items, {(new.users < 0).sum():,} users, {new.events.sum():,} train events"
         self.clock.say(f"  going on from {start.folder}; new: {counts}; {share:.0%} of the other windows come again")
 
-    def _config_of(self, name: str) -> Any:
+    def _config_of(self, name: str, say: Callable[[str], None] | None = None) -> Any:
         """The config of a stage, with what it leaves to the data."""
         config = config_lib.for_stage(self.config, name) if name else self.config
-        return adapted(config, self.prepared.train_lengths(), self.prepared.n_items)
+        return adapted(config, self.prepared.train_lengths(), self.prepared.n_items, say)
 
     def _check(self, config: Any, name: str) -> None:
         """Finds out before any stage runs what can be wrong with this one."""
@@ -177,7 +177,7 @@ class _Run:
             start = start_lib.start_of(self.config)
             mark = hashlib.sha256(f"{mark} {self.start_mark} {start.prepared.meta['fingerprint']}".encode()).hexdigest()
         for name in self.config.stages or ("",):
-            config = self._config_of(name)
+            config = self._config_of(name, self.clock.say)
             inputs = []
             if config.data.corpus.path and (config.batch.kind == "texts" or config.towers.text.path == "scratch"):
                 inputs.append(vocabulary.corpus_of(config, self.prepared).fingerprint)

@@ -9,15 +9,19 @@ these. And whether items have texts at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rec_jax.config import AUTO
+from rec_jax.config import AUTO, get
 
 SPARSE = 30.0  # times an item is predicted: up to there strengths and rate are those of the config
 SPARSE_EPOCHS, MOST = 7.0, 30.0
+CHOSEN = (
+    "train.duration", "optimizer.learning_rate", "towers.user.dropout", "batch.drop_events", "objectives.info_nce.neighbour_share",
+    "objectives.info_nce.label_smoothing",
+)  # fmt: skip
 
 
 def times_predicted(train_lengths: np.ndarray, n_items: int) -> float:
@@ -65,7 +69,7 @@ def without_texts(config: Any, texts: Sequence[str], ids: Sequence[str]) -> Any:
     return out
 
 
-def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
+def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[[str], None] | None = None) -> Any:
     """A stage's config with `train.duration="auto"` as epochs and, with `train.adapt`, the strengths and the rate that this data wants.
 
     Strengths are neighbour_share and label_smoothing of objectives.info_nce, batch.drop_events and, by its square root, the dropout of a
@@ -75,6 +79,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
       config: of one stage.
       train_lengths: train events of each user [U].
       n_items: N.
+      say: told what is chosen, where that differs from the config.
     """
     lasts, adapt = config.train.duration == AUTO, config.train.adapt and config.batch.kind == "histories"
     if not (lasts or adapt):
@@ -90,4 +95,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int) -> Any:
             out.batch.drop_events = round(config.batch.drop_events * strength(times), 4)
             out.towers.user.dropout = round(config.towers.user.dropout * strength(times) ** 0.5, 4)
             out.optimizer.learning_rate = float(f"{config.optimizer.learning_rate * haste(times):.3g}")
+    chosen = [f"{key}={get(out, key)!r}" for key in CHOSEN if get(out, key) != get(config, key)]
+    if say is not None and chosen:
+        say(f"  an epoch predicts an item {times:.1f} times on average: {', '.join(chosen)}")
     return out
