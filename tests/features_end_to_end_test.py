@@ -53,6 +53,12 @@ def losses(workdir):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
+def ranked(trained):
+    """Parameters as a workdir's vectors were made: its own vectors of items by how often each was seen."""
+    parts = trained.model
+    return dict(model.two_tower.as_ranked(trained.params, parts.spec, parts.prepared.item_counts()))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Data, the same with items in another order, data with new items and users, and a workdir that was trained on the first."""
@@ -118,8 +124,8 @@ def test_the_order_of_the_items_does_not_matter(world, tmp_path):
     assert model.feature_codes.of_run(c, other).categorical == coding.categorical
     order = [prepared.item_ids().index(name) for name in other.item_ids()]
     assert order != sorted(order)
-    params = {**trained.params}
-    params["ids"] = {"embedding": np.asarray(trained.params["ids"]["embedding"])[order]}
+    params = ranked(trained)
+    params["ids"] = {"embedding": np.asarray(params["ids"]["embedding"])[order]}
     spec = dataclasses.replace(trained.model.spec, n_ids=len(order))
     found = model.two_tower.item_vectors(params, spec, trained.model.table[order], coding.arrays(other))
     np.testing.assert_allclose(found, items[order], atol=1e-6)
@@ -178,7 +184,7 @@ def test_a_run_goes_on_with_new_categories_and_without_features(world, tmp_path)
     tables = {"categorical": {"brand": {"embedding": grown}}, "words": {"text": {"embedding": of_words}}}
     params = {**old.params, "features": {**old.params["features"], **tables}}
     ids = np.zeros((len(table), 8), np.float32)
-    ids[rows] = old.params["ids"]["embedding"][: len(names)]
+    ids[rows] = ranked(old)["ids"]["embedding"][: len(names)]
     params["ids"] = {"embedding": ids}
     spec = dataclasses.replace(new.model.spec, n_ids=len(table))
     np.testing.assert_allclose(model.two_tower.item_vectors(params, spec, table, features)[np.array(rows)], old.items, atol=1e-5)
