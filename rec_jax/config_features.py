@@ -47,6 +47,12 @@ def check_features(config: ConfigDict) -> None:
             "config.data.user_features are read by a history tower that sees the past alone: set config.towers.user.kind='history' and "
             "config.batch.cloze=0, or name none"
         )
+    attended = config.towers.user.attended
+    if not isinstance(attended, tuple) or not set(attended) <= set(config.data.user_features.multi_hot):
+        raise RecJaxError(
+            f"config.towers.user.attended={attended!r}: expected some of config.data.user_features.multi_hot="
+            f"{config.data.user_features.multi_hot!r}, like ('friends',)"
+        )
     if (features.multi_hot or config.data.user_features.multi_hot) and not features.separator.strip():
         raise RecJaxError(f"config.data.features.separator={features.separator!r}: expected a character that no value has, like ',' or '|'")
     if item.words < 0:

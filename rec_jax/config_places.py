@@ -12,7 +12,7 @@ USERS = "users"  # the column that says whose an event is, where a tower reads f
 # The keys at values at which the tower is what it was before there were these keys, and so is a stage's fingerprint.
 OFF = {
     "layer": "attention", "positions": "learned", "near_items": False, "inputs": (), "rating_edges": (), "time_bias": False,
-    "session_gap": 0,
+    "session_gap": 0, "attended": (),
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def defaults() -> ConfigDict:
     c.data.features.vectors = ()
     c.data.users = ""  # Parquet, CSV or TSV with user_id and columns of user_features; users whom it lacks have none. "" = no such file
     # Columns of data.users that the history tower reads: their vectors are added at each place of a user's history. Friends are a
-    # multi-hot column of their ids. Kinds, policies (an `item` there is a user here) and separator as for data.features
+    # multi-hot column of ids. Kinds, policies (an `item` there is a user here) and separator as for data.features
     c.data.user_features = ConfigDict()
     c.data.user_features.categorical = ()
     c.data.user_features.multi_hot = ()
@@ -174,6 +174,7 @@ def defaults() -> ConfigDict:
     # Vectors of a user. Above 1, training takes that which is nearest to a query's target, and the highest of its dot products is an item's
     # score; only with kind="history"
     c.towers.user.interests = 1
+    c.towers.user.attended = ()  # of data.user_features.multi_hot: whose values, like friends, a place weighs by attention; others' mean
     c.towers.task = ConfigDict()  # the head that scores pairs of users and items, with their context; only where an objective asks for it
     c.towers.task.kind = "dot"  # dot | mlp | dcn
     c.towers.task.hidden = (256, 128)
@@ -390,8 +391,7 @@ def defaults() -> ConfigDict:
     c.eval.ease_max_items = 20000  # EASE inverts a matrix of all items (users where fewer): above this it is left out, and said so
     c.eval.ease_regularisation = 100.0
     c.eval.ease_popularity_power = 0.0  # EASE divides an item's events by its number of them to this power; 0 = as published
-    # "" = none | baselines whose scores are added to those of the last stage, as a row of its own, like "sequence_knn+text_knn"; weights
-    # chosen on validation, one after the other
+    # Baselines whose scores are added to the last stage's, as a row of its own, weights by validation: "sequence_knn+text_knn"; "" = none
     c.eval.fuse = ""
     c.eval.examples = ()  # histories (tuples of titles) whose top ten is printed at the end
 

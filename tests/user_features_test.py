@@ -24,6 +24,7 @@ FLAGS = {
     "data.user_features.categorical": "('gender',)",
     "data.user_features.multi_hot": "('friends',)",
     "data.user_features.numeric": "('age',)",
+    "towers.user.attended": "('friends',)",
 }
 MISSING = 7  # a user whom the file lacks
 
@@ -79,6 +80,7 @@ def test_training_moves_them_and_they_have_a_part_in_the_scores(world):
     trained = model.load(world / "work", say=lambda _: None)
     params = trained.params["user"]["features"]
     assert set(params) == {"categorical", "multi_hot", "numeric"}
+    assert np.any(params["multi_hot"]["friends"]["query"])
     assert np.all(np.any(params["categorical"]["gender"]["embedding"][1:], axis=1))
     assert not np.any(params["categorical"]["gender"]["embedding"][0])
     test = trained.model.prepared.eval_set("test")
@@ -138,6 +140,37 @@ def test_a_place_gets_its_own_users_features():
         history.encode(params, tower, x, segments, users=users)
 
 
+def test_a_place_weighs_friends_by_attention():
+    """Against numpy, and with gradients: at the start as the mean; then by query and value; none and unknown users add nothing."""
+    spec = features.make_sum({"multi_hot": {"friends": 5, "tags": 3}}, 8, ("friends",))
+    params, random = features.init(jax.random.key(0), spec, 8), np.random.default_rng(0)
+    assert "query" not in params["multi_hot"]["tags"]
+    friends, x = np.array([[1, 2, 4], [3, 0, 0], [0, 0, 0]]), random.normal(size=(3, 8)).astype(np.float32)
+    rows = {"multi_hot": {"friends": friends, "tags": np.zeros((3, 1), np.int32)}}
+    params["multi_hot"]["friends"]["embedding"] = jnp.asarray(random.normal(size=(5, 8)), jnp.float32)
+    added = lambda params, x=x: features.fuse(params, spec, jnp.zeros_like(x), rows, jnp.asarray(x))
+    mean = features.fuse(params, features.make_sum({"multi_hot": {"friends": 5, "tags": 3}}, 8), jnp.zeros_like(x), rows)
+    np.testing.assert_allclose(added(params), mean, atol=1e-6)
+    gradient = jax.grad(lambda p: (added(p) ** 2).sum())(params)["multi_hot"]["friends"]
+    assert np.abs(gradient["query"]).max() > 1e-3
+    weights = random.normal(size=(8, 8)).astype(np.float32)
+    params["multi_hot"]["friends"]["query"] = jnp.asarray(weights)
+    vectors = np.asarray(params["multi_hot"]["friends"]["embedding"])
+    scores = np.exp([vectors[n] @ (x[0] @ weights) / 8**0.5 for n in friends[0]])
+    expected = np.stack([scores / scores.sum() @ vectors[friends[0]], vectors[3], np.zeros(8)])
+    np.testing.assert_allclose(added(params), expected, atol=1e-5)
+
+    def naive(table, query):
+        logits = jnp.einsum("ud,de,uke->uk", x, query, table[friends]) / 8**0.5
+        shares = jnp.where(friends > 0, jax.nn.softmax(jnp.where(friends > 0, logits, -jnp.inf), -1), 0)[:2]
+        return (jnp.einsum("uk,uke->ue", shares, table[friends[:2]]) ** 3).sum()
+
+    wanted = jax.grad(naive, (0, 1))(jnp.asarray(vectors), jnp.asarray(weights))
+    found = jax.grad(lambda p: (added(p) ** 3).sum())(params)["multi_hot"]["friends"]
+    np.testing.assert_allclose(found["embedding"], wanted[0], atol=1e-4)
+    np.testing.assert_allclose(found["query"], wanted[1], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +192,10 @@ def test_bad_files_are_refused(tmp_path, change, message):
     [
         ({"data.users": "users.tsv"}, r"data\.users='users\.tsv' and config\.data\.user_features go together"),
         ({"data.user_features.numeric": ("age",)}, r"data\.users='' and config\.data\.user_features go together"),
+        (
+            {"data.users": "u.tsv", "data.user_features.categorical": ("friends",), "towers.user.attended": ("friends",)},
+            r"attended=\('friends',\): expected some of config\.data\.user_features\.multi_hot=\(\)",
+        ),
         ({"data.user_features.numeric": ("age", "age")}, r"user_features\.numeric names 'age' twice"),
         (
             {"data.users": "u.tsv", "data.user_features.numeric": ("age",), "batch.cloze": 0.2},

@@ -3,12 +3,15 @@
 A categorical feature has a table of vectors, a multi-hot one too (an item gets the mean of its values'), and so have words of texts. A
 number has a table by ranges, or sines and cosines of learned frequencies through a linear map; given vectors go through a linear map. All
 of these begin at zero: an item begins as what its text says. What an item lacks adds nothing; of a number, "none" has a learned vector.
+
+Features of users are added at the places of their histories (`history`). A place may weigh a multi-hot feature's values, such as friends,
+by attention: which of them count depends on its item.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +37,7 @@ class FeatureSpec:
       fusion: "sum", "concat" or "gate".
       dropout: probability that a training step does not know a feature of an item.
       frequencies, sigma: number of learned frequencies of a periodic feature, and the standard deviation that they are drawn with.
+      attended: multi-hot features whose values are weighed by a query, not averaged.
     """
 
     categorical: tuple[tuple[str, int], ...]
@@ -46,6 +50,7 @@ class FeatureSpec:
     dropout: float = 0.0
     frequencies: int = 8
     sigma: float = 1.0
+    attended: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[tuple[str, str, int]]:
@@ -62,10 +67,10 @@ def make_spec(item: Any, sizes: Mapping[str, Mapping[str, int]], dim: int) -> Fe
     )
 
 
-def make_sum(sizes: Mapping[str, Mapping[str, int]], dim: int) -> FeatureSpec:
-    """kind -> name -> size, D -> spec of features that are added up."""
+def make_sum(sizes: Mapping[str, Mapping[str, int]], dim: int, attended: Sequence[str] = ()) -> FeatureSpec:
+    """kind -> name -> size, D -> spec of features that are added up, with those multi-hot ones weighed by attention."""
     pairs = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
-    return FeatureSpec(**pairs, dim=dim, fusion="sum", dropout=0.0, frequencies=8, sigma=1.0)
+    return FeatureSpec(**pairs, dim=dim, attended=tuple(attended))
 
 
 def init(key: jax.Array, spec: FeatureSpec, dim: int) -> dict[str, Any]:
@@ -77,6 +82,8 @@ def init(key: jax.Array, spec: FeatureSpec, dim: int) -> dict[str, Any]:
             made = {"frequency": frequency, "kernel": jnp.zeros((2 * spec.frequencies, spec.dim)), "missing": jnp.zeros((spec.dim,))}
         else:
             made = {"kernel" if kind == "vectors" else "embedding": jnp.zeros((size, spec.dim))}
+        if kind == "multi_hot" and name in spec.attended:
+            made["query"] = jnp.zeros((dim, spec.dim))
         params.setdefault(kind, {})[name] = made
     count = len(spec.names)
     if spec.fusion == "concat":
@@ -103,16 +110,17 @@ def without_some(key: jax.Array, spec: FeatureSpec, rows: Rows) -> Rows:
     return {**rows, "kept": jax.random.bernoulli(key, 1.0 - spec.dropout, (n, len(spec.names)))}
 
 
-def fuse(params: Params, spec: FeatureSpec, base: jax.Array, rows: Rows) -> jax.Array:
+def fuse(params: Params, spec: FeatureSpec, base: jax.Array, rows: Rows, query: jax.Array | None = None) -> jax.Array:
     """Vectors of text and ID [..., D], rows of the same items -> item vectors [..., D], not yet of unit length.
 
-    With gates, feature f adds sigmoid(base . w_f + b_f) times its vector.
+    With gates, feature f adds sigmoid(base . w_f + b_f) times its vector. `query` [..., D] is what weighs values of attended features.
 
     Reference: Arevalo et al., "Gated Multimodal Units for Information Fusion" (2017), section 3; here text and ID need no gate.
     """
     parts = []
     for number, (kind, name, _) in enumerate(spec.names):
-        part = _PARTS[kind](params[kind][name], jnp.asarray(rows[kind][name]))
+        numbers, mine = jnp.asarray(rows[kind][name]), params[kind][name]
+        part = _attended(mine, numbers, query) if kind == "multi_hot" and name in spec.attended else _PARTS[kind](mine, numbers)
         parts.append(part * rows["kept"][..., number, None] if "kept" in rows else part)
     if spec.fusion == "concat":
         return jnp.concatenate([base, *parts], axis=-1) @ params["fusion"]["kernel"]
@@ -131,6 +139,22 @@ def _multi_hot(params: Params, numbers: jax.Array) -> jax.Array:
     start = jnp.zeros((*numbers.shape[:-1], params["embedding"].shape[1]))
     total, _ = jax.lax.scan(lambda sum, k: (sum + _categorical(params, k), None), start, jnp.moveaxis(numbers, -1, 0))
     return total / jnp.maximum((numbers > 0).sum(-1), 1)[..., None]
+
+
+def _attended(params: Params, numbers: jax.Array, query: jax.Array | None) -> jax.Array:
+    """numbers [..., K], query [..., D] -> sum of their vectors [..., d], weighed by a softmax over query W vector / sqrt(d).
+
+    W begins at zero, and the sum as their mean. One after the other, as in `_multi_hot`.
+    """
+    assert query is not None
+    asked = query @ params["query"] * params["embedding"].shape[1] ** -0.5
+    product = jax.checkpoint(lambda k: (asked * _categorical(params, k)).sum(-1))
+    there = numbers > 0
+    logits = jnp.moveaxis(jax.lax.map(product, jnp.moveaxis(numbers, -1, 0)), 0, -1)
+    shares = jnp.where(there, jax.nn.softmax(jnp.where(there, logits, -1e9), axis=-1), 0.0)
+    weighed = jax.checkpoint(lambda sum, x: (sum + x[1][..., None] * _categorical(params, x[0]), None))
+    start = jnp.zeros((*numbers.shape[:-1], params["embedding"].shape[1]))
+    return jax.lax.scan(weighed, start, (jnp.moveaxis(numbers, -1, 0), jnp.moveaxis(shares, -1, 0)))[0]
 
 
 def _numeric(params: Params, values: jax.Array) -> jax.Array:

@@ -150,7 +150,8 @@ def encode(
         if features is None:
             raise RecJaxError("the history tower reads features of users (HistorySpec.features), and none are given: pass all users'")
         none = jnp.zeros((*segment_ids.shape, spec.dim), vectors.dtype)
-        of_users = features_lib.fuse(params["features"], spec.features, none, features_lib.rows_of(features, users))
+        rows = features_lib.rows_of(features, users)
+        of_users = features_lib.fuse(params["features"], spec.features, none, rows, vectors * spec.dim**0.5)
         of_users = jnp.where(jnp.asarray(users)[..., None] >= 0, of_users, 0.0)
     trained = {name: part for name, part in params.items() if name != "features"}
     return jnp.asarray(_History(spec).apply({"params": trained}, vectors, segment_ids, times, ratings, of_users, keys))

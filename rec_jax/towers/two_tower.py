@@ -146,7 +146,7 @@ def make_spec(
         kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
         forms = {"mask": mask or not causal, "causal": causal, "interests": u.interests, "readout": u.readout}
-        mine = None if of_users is None else features_lib.make_sum(of_users, towers.dim)
+        mine = None if of_users is None else features_lib.make_sum(of_users, towers.dim, u.attended)
         starts = {"near_items": u.near_items, "features": mine}
         tower = history.HistorySpec(towers.dim, u.layers, u.heads, u.mlp, u.dropout, u.max_positions, **kinds, **times, **forms, **starts)
     return TwoTowerSpec(
