@@ -22,7 +22,8 @@ def get_config(arg=None):
     c.objectives.info_nce.neighbour_share = 0.0
     c.objectives.info_nce.label_smoothing, c.objectives.info_nce.mask_history = 0.0, False
     c.batch.drop_events = 0.0
-    c.towers.user.near_items, c.towers.item.words, c.towers.item.id_shrinkage = False, 0, 0.0
+    c.towers.user.near_items, c.towers.user.positions, c.towers.user.layers = False, "learned", 2
+    c.towers.item.words, c.towers.item.id_shrinkage = 0, 0.0
     c.optimizer.learning_rate = 3e-3
     c.eval.fuse = "sequence_knn"
 

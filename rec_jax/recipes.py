@@ -26,7 +26,7 @@ def sequences(c: ConfigDict) -> None:
     c.data.text.max_tokens = 64
     c.towers.dim = 128
     c.towers.user.mlp = 512
-    c.towers.user.near_items = True
+    c.towers.user.near_items, c.towers.user.positions, c.towers.user.layers = True, "relative", 4
     c.towers.item.ids = True
     c.towers.item.text_length = 1.0
     c.towers.item.words = 32
@@ -104,7 +104,7 @@ def sasrec(c: ConfigDict, *, loss: str) -> None:
     c.towers.item.text, c.towers.item.ids, c.towers.item.text_length = False, True, 0.0
     c.towers.item.words, c.towers.item.id_shrinkage = 0, 0.0
     c.towers.user.layers, c.towers.user.heads, c.towers.user.mlp, c.towers.user.dropout = 2, 1, 50, 0.5
-    c.towers.user.near_items = False
+    c.towers.user.near_items, c.towers.user.positions = False, "learned"
     c.batch.history_rows, c.batch.history_length = 2, 50
     c.batch.drop_events, c.objectives.info_nce.neighbour_share, c.objectives.info_nce.label_smoothing = 0.0, 0.0, 0.0
     c.objectives.info_nce.mask_history, c.train.adapt = False, False

@@ -8,7 +8,7 @@ import tiny
 
 from rec_jax.data.packing import pack_texts, texts_per_row
 from rec_jax.data.pipeline import Batches, BatchSpec
-from rec_jax.towers import batches, encode_texts, heads, history, two_tower
+from rec_jax.towers import batches, encode_texts, heads, history, places, two_tower
 from rec_jax.towers.bert import init as init_text
 from rec_jax.types import RecJaxError
 
@@ -83,6 +83,31 @@ def test_a_tower_can_begin_near_its_items(changes):
     assert np.abs(cosines[1]).mean() < 0.3
     near, far = (jax.tree.map(jnp.shape, history.init(jax.random.key(0), s)) for s in (spec, drawn))
     assert near == far
+
+
+def test_a_tower_with_relative_positions_begins_near_its_recent_items():
+    """Its newest item, and half of a mean over the history that each head makes of its part of the numbers, the first of the nearest."""
+    spec = dataclasses.replace(SPEC, dim=64, heads=2, mlp=128, positions="relative", near_items=True)
+    params = history.init(jax.random.key(0), spec)
+    x, ids = np.random.default_rng(0).normal(size=(3, 9, 64)).astype(np.float32) / 8, jnp.ones((3, 9), jnp.int32)
+    rows = np.asarray(places.distance_rows(9, spec.max_positions))
+    biases = np.asarray(params["layer_1"]["distance"]["bias"])[rows]  # [9, 9, heads]
+    distance = np.arange(9)[:, None] - np.arange(9)
+    np.testing.assert_allclose(biases[distance >= 0][:, 0], -distance[distance >= 0] / 2, atol=1e-6)
+    np.testing.assert_allclose(biases[distance >= 0][:, 1], -distance[distance >= 0] / 16, atol=1e-6)
+    weights = np.where(distance[..., None] >= 0, np.exp(biases), 0)
+    weights = np.repeat(weights / weights.sum(1, keepdims=True), 32, axis=-1)
+    past = np.einsum("std,rtd->rsd", weights, x)
+    cosine = lambda a, b: (np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).mean()
+    out = np.asarray(history.encode(params, spec, jnp.asarray(x), ids))
+    assert cosine(out, x + history.PAST * past) > cosine(out, x) + 0.005
+    alike = {**params["layer_0"], "query": {"kernel": jnp.zeros_like(params["layer_0"]["query"]["kernel"])}}
+    out = np.asarray(history.encode({**params, "layer_0": alike}, spec, jnp.asarray(x), ids))
+    assert cosine(out, x + history.PAST * past) > 0.993 > 0.99 > cosine(out, x)
+    for layer in ("hstu", "attention"):  # and where the longest distance ends a range, or there is no layer
+        for changes in ({"layers": 0}, {"max_positions": 3}, {"heads": 1}):
+            other = history.init(jax.random.key(0), dataclasses.replace(spec, layer=layer, **changes))
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(other))
 
 
 def test_packed_histories_do_not_leak(params):

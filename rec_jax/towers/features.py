@@ -61,7 +61,7 @@ class FeatureSpec:
 def make_spec(item: Any, sizes: Mapping[str, Mapping[str, int]], dim: int) -> FeatureSpec:
     """`config.towers.item`, kind -> name -> size, towers.dim -> spec."""
     f = item.features
-    pairs = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
+    pairs: dict[str, Any] = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
     return FeatureSpec(
         **pairs, dim=f.dim or dim, fusion=item.fusion, dropout=item.modality_dropout, frequencies=f.frequencies, sigma=f.sigma
     )
@@ -69,7 +69,7 @@ def make_spec(item: Any, sizes: Mapping[str, Mapping[str, int]], dim: int) -> Fe
 
 def make_sum(sizes: Mapping[str, Mapping[str, int]], dim: int, attended: Sequence[str] = ()) -> FeatureSpec:
     """kind -> name -> size, D -> spec of features that are added up, with those multi-hot ones weighed by attention."""
-    pairs = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
+    pairs: dict[str, Any] = {kind: tuple(sizes.get(kind, {}).items()) for kind in KINDS}
     return FeatureSpec(**pairs, dim=dim, attended=tuple(attended))
 
 

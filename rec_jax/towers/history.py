@@ -31,6 +31,7 @@ def places_seen(segment_ids: jax.Array, *, causal: bool) -> jax.Array:
 
 
 NEAR = 0.1  # of what layers and positions add in a tower that begins near its items
+PAST = 0.5  # likewise, of the history's mean, where attention's scores have a bias by distance
 
 
 class _History(nn.Module):
@@ -81,6 +82,8 @@ def init(key: jax.Array, spec: HistorySpec) -> Params:
     With `spec.near_items` the first and the last linear map are the identity, and what layers and positions add is NEAR times as large as
     it is drawn: a user begins near the items of the history, so that what is similar by text counts from the first step on, and for items
     that are seldom seen. A tower that is drawn has to find out first that an item's neighbours are near it, from the items it sees.
+    With relative positions it begins near the newest item and PAST times a mean of the history: the heads' biases fall with the distance
+    (`places.recency`), and the first attention layer hands on what it sees as it is, each head its part of the numbers.
 
     Raises:
       RecJaxError: ratings are read, and no ranges of them are given.
@@ -101,6 +104,12 @@ def _near_items(params: Params, spec: HistorySpec) -> Params:
     out |= {name: smaller(params[name]) for name in ("position",) if name in params}
     for name in (f"layer_{n}" for n in range(spec.layers)):
         out[name] = {**params[name], **{last: smaller(params[name][last]) for last in ("out", "mlp_out") if last in params[name]}}
+        if spec.positions == "relative":
+            out[name]["distance"] = {"bias": places_lib.recency(spec.max_positions, spec.heads)}
+    if spec.positions == "relative" and spec.layers and spec.layer == "attention":
+        whole, heads = jnp.eye(spec.dim), (spec.heads, spec.dim // spec.heads)
+        out["layer_0"]["value"] = {"kernel": whole.reshape(spec.dim, *heads)}
+        out["layer_0"]["out"] = {"kernel": PAST * whole.reshape(*heads, spec.dim)}
     return out
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 DISTANCE_BITS = 3  # distances below 16 have ranges of their own, then each octave has 8
 TIME_BITS = 1  # times have two ranges an octave
 BASE = 10_000.0  # of rotary positions
+NEAREST, FARTHEST = 1.0, 4.0  # a head's bias begins as -distance / 2^this: from the first head's to the last one's
 
 
 def log_buckets(values: jax.Array, *, bits: int) -> jax.Array:
@@ -95,6 +96,20 @@ def distance_rows(length: int, longest: int) -> jax.Array:
     """Row [S, S] of a table of `bucket_count(longest - 1)` by the distance of two places; larger distances are as `longest` - 1."""
     place = jnp.arange(length, dtype=jnp.int32)
     return log_buckets(jnp.minimum(jnp.abs(place[:, None] - place[None, :]), longest - 1), bits=DISTANCE_BITS)
+
+
+def recency(longest: int, heads: int) -> jax.Array:
+    """Table [rows, heads] of biases by distance that a tower may begin with: -distance / 2^s of the least distance of each row.
+
+    s goes from NEAREST at the first head to FARTHEST at the last: heads see more or less of the past.
+
+    Reference: Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation" (2022), section 3;
+    here the slopes are steeper, and learned from there on.
+    """
+    distances = jnp.arange(longest, dtype=jnp.int32)
+    rows, count = log_buckets(distances, bits=DISTANCE_BITS), bucket_count(longest - 1, bits=DISTANCE_BITS)
+    least = jnp.full(count, jnp.inf).at[rows].min(distances.astype(jnp.float32))
+    return -least[:, None] * 2.0 ** -jnp.linspace(NEAREST, FARTHEST, heads)
 
 
 def time_difference_rows(times: jax.Array) -> jax.Array:
