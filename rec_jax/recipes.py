@@ -14,8 +14,9 @@ def sequences(c: ConfigDict) -> None:
     What mattered on Amazon Beauty (NDCG@10, validation of all users): a tower that begins near its items (.0767 to .0799), for a drawn one
     finds out only for often seen items that similar ones follow each other; with it a lower rate (.0819) and weaker means against learning
     histories by heart (.0826); own vectors of seldom seen items that count less in the ranking (.0837), and, beside that, items of the
-    history that are no candidates (.0838; in the test .0720 to .0743, for seldom seen targets .049 to .063); words of the texts (.0753 to
-    .0767), smoothed labels (.0734 to .0753). Before, in the test: texts that begin as short vectors, so that items' own count beside them
+    history that are no candidates (.0838; in the test .0720 to .0743, for seldom seen targets .049 to .063); attention by distance (.0844),
+    which begins as a mean of what is recent (.0854), and four layers in place of two (.0863); words of the texts (.0753 to .0767), smoothed
+    labels (.0734 to .0753). Before, in the test: texts that begin as short vectors, so that items' own count beside them
     from the first steps (.032 to .045 in four epochs), width 128 (to .055), an end after few epochs, and, with a drawn tower, neighbours
     as targets and events left out (.0565 to .0607). The slower second moment came with other changes; what it adds alone is not measured.
     On MovieLens-1M, where each item is predicted 27 times as often, such means hold a tower back, and a higher rate is better
