@@ -108,6 +108,8 @@ def test_a_tower_with_relative_positions_begins_near_its_recent_items():
         for changes in ({"layers": 0}, {"max_positions": 3}, {"heads": 1}):
             other = history.init(jax.random.key(0), dataclasses.replace(spec, layer=layer, **changes))
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(other))
+            if layer == "hstu" and "layer_0" in other:
+                assert not np.any(other["layer_0"]["distance"]["bias"]), "SiLU would learn nothing from far below zero"
 
 
 def test_packed_histories_do_not_leak(params):

@@ -82,8 +82,8 @@ def init(key: jax.Array, spec: HistorySpec) -> Params:
     With `spec.near_items` the first and the last linear map are the identity, and what layers and positions add is NEAR times as large as
     it is drawn: a user begins near the items of the history, so that what is similar by text counts from the first step on, and for items
     that are seldom seen. A tower that is drawn has to find out first that an item's neighbours are near it, from the items it sees.
-    With relative positions it begins near the newest item and PAST times a mean of the history: the heads' biases fall with the distance
-    (`places.recency`), and the first attention layer hands on what it sees as it is, each head its part of the numbers.
+    With relative positions, attention begins near the newest item and PAST times a mean of the history: the heads' biases fall with the
+    distance (`places.recency`), and the first layer hands on what it sees as it is, each head its part of the numbers.
 
     Raises:
       RecJaxError: ratings are read, and no ranges of them are given.
@@ -99,14 +99,15 @@ def init(key: jax.Array, spec: HistorySpec) -> Params:
 
 
 def _near_items(params: Params, spec: HistorySpec) -> Params:
+    recent = spec.positions == "relative" and spec.layer == "attention"  # a bias far below zero is where SiLU learns nothing
     smaller = lambda part: jax.tree.map(lambda x: NEAR * x, part)
     out = {**params, "in": {"kernel": jnp.eye(spec.dim)}, "project": {"kernel": jnp.eye(spec.dim)}}
     out |= {name: smaller(params[name]) for name in ("position",) if name in params}
     for name in (f"layer_{n}" for n in range(spec.layers)):
         out[name] = {**params[name], **{last: smaller(params[name][last]) for last in ("out", "mlp_out") if last in params[name]}}
-        if spec.positions == "relative":
+        if recent:
             out[name]["distance"] = {"bias": places_lib.recency(spec.max_positions, spec.heads)}
-    if spec.positions == "relative" and spec.layers and spec.layer == "attention":
+    if recent and spec.layers:
         whole, heads = jnp.eye(spec.dim), (spec.heads, spec.dim // spec.heads)
         out["layer_0"]["value"] = {"kernel": whole.reshape(spec.dim, *heads)}
         out["layer_0"]["out"] = {"kernel": PAST * whole.reshape(*heads, spec.dim)}
