@@ -160,7 +160,7 @@ def defaults() -> ConfigDict:
     c.towers.user.layer = "attention"  # attention: softmax, then an MLP | hstu: HSTU's gated layer, SiLU for the softmax and no MLP
     # learned: a vector of each place | rotary: queries and keys turned by their place | relative: a bias of each head by distance | none
     c.towers.user.positions = "learned"
-    # The tower begins near the identity, a user as the newest item (readout="mean": as the history's mean); False: all of it is drawn
+    # Begins near the identity, a user as the newest item (relative attention: and its recent ones; "mean": as all); False: it is drawn
     c.towers.user.near_items = False
     c.towers.user.readout = "last"  # user vector: last, what the layers make of the newest item | mean, the mean over the whole history
     # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event); () = nothing. This key,

@@ -35,7 +35,8 @@ class HistorySpec:
       interests: K, user vectors of a place.
       readout: "last", a place's user vector is what the layers make of its item | "mean", the mean of that over the history up to there.
       features: of users, whose vectors are added at each place; None = none are read.
-      near_items: the tower begins close to the identity: a user vector as that of the newest item, or as the mean of the history's.
+      near_items: the tower begins close to the identity: a user vector as that of the newest item, or as the mean of the history's
+        (with readout "mean"), or, in attention with relative positions, as the first and a part of a mean of what is recent.
     """
 
     dim: int
