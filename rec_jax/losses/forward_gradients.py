@@ -186,7 +186,11 @@ def _block_statistics(logits: Any, totals: bool) -> tuple[Statistics, Any]:
 
 def _totals(logits: Any) -> tuple[Any, Any]:
     counts = logits > -jnp.inf
-    return jnp.where(counts, logits, 0).sum(1), counts.sum(1).astype(logits.dtype)
+    zero = jnp.zeros((), logits.dtype)
+    both = lambda a, b: (a[0] + b[0], a[1] + b[1])
+    # One pass for the two; a sum of booleans alone takes as long as two passes.
+    total, count = jax.lax.reduce((jnp.where(counts, logits, zero), counts.astype(logits.dtype)), (zero, zero), both, (1,))
+    return total, count
 
 
 def _matmul(equation: str, d_logits: Any, vectors: Any) -> Any:
