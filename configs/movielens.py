@@ -5,8 +5,8 @@
 
 1. `pretrain`: the encoder goes on learning from the titles alone: two dropout views of a text find each other (SimCSE), hidden words are
    told (masked language model).
-2. `contrastive`: item vectors (text and ID) and the history tower, each place against all 9,724 films, its target and
-   its history's neighbours sharing the weight; text vectors are made once.
+2. `contrastive`: item vectors (text, words and ID) and the history tower by the recipe of configs/sequences.py, each place against all
+   9,724 films, its target and its history's neighbours sharing the weight; text vectors are made once.
 3. `task`: the same towers go on with L_CL + lambda L_T, the task being to rank the next film above drawn ones.
 4. `distill`: a student without a transformer (the mean of its words' vectors) learns the teacher's softmax over all films, and the labels.
 """
@@ -20,19 +20,12 @@ PRESETS = ("", "smoke", *recipes.VARIANTS)
 def get_config(arg=None):
     """`smoke`: all stages in under a minute, on few users and steps. The others leave a stage out (rec_jax/recipes.py)."""
     c = defaults()
+    recipes.sequences(c)
     c.data.reader = "movielens"
     c.data.path = "builtin:ml-latest-small"
     c.data.text.template = "{title} ({year}). {genres}"
     c.data.text.max_tokens = 32
-
-    c.towers.item.ids = True
-    # A tower that is drawn had .060 (HR@10 .105), one that begins near its items .066 (.125): validation .064.
-    c.towers.user.near_items = True
-    # On so small a data set neighbours know more than a tower learns from single targets: the contrastive stage's test NDCG@10 was .050
-    # without them, .057 and .058 with (two seeds, a tower that was drawn).
-    c.objectives.info_nce.neighbour_share = 0.5
-    c.train.duration = "1100 steps"
-    c.train.log_every = "100 steps"
+    c.train.patience = 0  # the stages are short
     c.eval.fuse = "sequence_knn"
     c.eval.examples = (
         ("Toy Story (1995)", "Finding Nemo (2003)"),
@@ -45,7 +38,7 @@ def get_config(arg=None):
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
         c.train.eval_every = "10 steps"
-        c.batch.history_length = 16
+        c.batch.history_length, c.towers.user.layers = 16, 1
         c.eval.max_users = 64
         c.eval.baselines, c.eval.fuse = ("popularity",), ""
         # Made from the titles: the pretrained encoder takes a minute for all of them

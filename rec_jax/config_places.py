@@ -12,7 +12,7 @@ USERS = "users"  # the column that says whose an event is, where a tower reads f
 # The keys at values at which the tower is what it was before there were these keys, and so is a stage's fingerprint.
 OFF = {
     "layer": "attention", "positions": "learned", "near_items": False, "inputs": (), "rating_edges": (), "time_bias": False,
-    "session_gap": 0, "attended": (),
+    "session_gap": 0, "attended": (), "ids": False,
 }  # fmt: skip
 
 
@@ -38,6 +38,8 @@ def check_places(config: Any) -> None:
     user, place = config.towers.user, "config.towers.user"
     if user.kind != "history":
         return  # as for the tower's sizes: a stage of another kind leaves them alone
+    if user.ids and not config.towers.item.ids:
+        raise RecJaxError(f"{place}.ids=True is beside items' own vectors: set config.towers.item.ids=True, or it to False")
     inputs, edges = user.inputs, user.rating_edges
     if not isinstance(inputs, tuple) or not set(inputs) <= set(INPUTS) or len(set(inputs)) < len(inputs):
         raise RecJaxError(f"{place}.inputs={inputs!r}: expected some of {', '.join(INPUTS)}, each once, like ('gap',)")

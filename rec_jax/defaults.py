@@ -83,8 +83,7 @@ def defaults() -> ConfigDict:
     # 0 = off: each place seeks the next item. To rank, a hidden place stands behind the history
     c.batch.cloze = 0.0
     c.batch.cloze_last = 0.1  # with cloze: probability that a window's last place alone is hidden, which is what ranking asks
-    # A window's events come in a new random order each epoch, for data without order: the next of them is then any of those that are left.
-    # Goes with kind="histories" and towers.user.positions="none"
+    # A window's events come in a new random order each epoch, for data without order; with kind="histories" and user.positions="none"
     c.batch.shuffle_events = False
     c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
     c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
@@ -175,6 +174,7 @@ def defaults() -> ConfigDict:
     # score; only with kind="history"
     c.towers.user.interests = 1
     c.towers.user.attended = ()  # of data.user_features.multi_hot: whose values, like friends, a place weighs by attention; others' mean
+    c.towers.user.ids = False  # items also have own vectors, zero at the start, that places of histories see alone: both sides may differ
     c.towers.task = ConfigDict()  # the head that scores pairs of users and items, with their context; only where an objective asks for it
     c.towers.task.kind = "dot"  # dot | mlp | dcn
     c.towers.task.hidden = (256, 128)

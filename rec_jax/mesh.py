@@ -28,7 +28,7 @@ _BOTH = ("fsdp", "tensor")
 SHARDED: Rules = (
     (r"(user/)?features/.*/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
     (r"(user/)?features/.*/(frequency|missing)", ()),
-    (r"(ids|users)/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
+    (r"(ids|history_ids|users)/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
     (r"text/embeddings/word/embedding", (_BOTH,), ("fsdp", "tensor"), (None, _BOTH), ("fsdp",), (None, "fsdp"), ()),
     (r".*/(position|token_type|gap|rating)/embedding", ("fsdp",), (None, "fsdp"), ()),
     (r"(task|lora)/.*", ()),  # small

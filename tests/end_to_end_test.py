@@ -16,6 +16,7 @@ TITLES = [f"{color} {thing}" for color in ("Red", "Green", "Blue", "Black") for 
 FLAGS = [
     "--config.batch.history_length=16",
     "--config.towers.dim=16",
+    "--config.towers.user.layers=1",
     "--config.train.duration=12 steps",
     "--config.train.eval_every=3 steps",
     "--config.train.checkpoint_every=3 steps",
@@ -192,6 +193,7 @@ def test_a_frozen_stage_goes_on_from_the_encoder_that_the_last_one_trained(data,
 FOUR = [
     "--config.data.on_bad.duplicate_event=keep",
     "--config.towers.dim=16",
+    "--config.towers.user.layers=1",
     "--config.batch.history_length=16",
     "--config.towers.text.scratch.words=80",
     "--config.towers.text.scratch.width=16",

@@ -20,6 +20,7 @@ from rec_jax.towers.bert import encode, encode_layers, unit_length
 from rec_jax.towers.pool import pool_segments
 from rec_jax.towers.two_tower import (
     TwoTowerSpec,
+    in_history,
     item_vectors,
     merged,
     packed_text_vectors,
@@ -170,13 +171,14 @@ def _users(
         )
     columns = {name: columns[name] for name in spec.history.columns}
     places, segments, hides = jnp.asarray(batch.history), jnp.asarray(batch.history_segments), not spec.history.causal
-    user = _histories(params, spec, item, places, segments, _key(keys, "user"), hides=hides, columns=columns, features=of_users)
+    user = _histories(params, spec, batch, item, places, segments, _key(keys, "user"), hides=hides, columns=columns, features=of_users)
     return user if spec.history.interests == 1 else interests.nearest(user, _lookup(item, batch.targets))
 
 
 def _histories(
     params: Params,
     spec: TwoTowerSpec,
+    batch: Batch,
     item: jax.Array,
     places: jax.Array,
     segments: jax.Array,
@@ -193,7 +195,10 @@ def _histories(
     """
     assert spec.history is not None
     shards, rows, length = places.shape
-    vectors = over_batch(_lookup(item, places).reshape(shards * rows, length, spec.dim))
+    seen = _lookup(item, places)
+    if spec.history_ids:
+        seen = in_history(params, spec, seen, _lookup(batch.item_ids, places))
+    vectors = over_batch(seen.reshape(shards * rows, length, spec.dim))
     hidden = ((places < 0) & (segments > 0)).reshape(shards * rows, length) if hides else None
     flat, keys = segments.reshape(shards * rows, length), None if keys is None else keys.reshape(-1)
     known = {name: jnp.asarray(column).reshape(flat.shape) for name, column in (columns or {}).items()}
@@ -207,7 +212,7 @@ def _history_views(params: Params, spec: TwoTowerSpec, batch: Batch, item: jax.A
     shards, two, rows, length = batch.view_history.shape
     stacked = lambda x: jnp.asarray(x).reshape(shards, two * rows, length)
     hides = spec.history is not None and spec.history.mask
-    user = _histories(params, spec, item, stacked(batch.view_history), stacked(batch.view_segments), keys, hides=hides)
+    user = _histories(params, spec, batch, item, stacked(batch.view_history), stacked(batch.view_segments), keys, hides=hides)
     places = jnp.asarray(batch.view_places) + rows * length * jnp.arange(two, dtype=jnp.int32)[:, None]
     return jnp.moveaxis(_lookup(user, places), 1, 0)
 

@@ -42,6 +42,8 @@ class TwoTowerSpec:
       item_text: False: an item is its own vector, and its features, alone; there is no head.
       id_dropout: probability that a training step does not know an item's own vector.
       id_shrinkage: of `as_ranked`; 0 = none.
+      history_ids: items have own vectors of a second table, zero at the start, that are added to what a place of a history sees of them,
+        so that an item may say something else there than as a candidate.
       features: what items have beside text and ID, or None.
       text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
       user: "history", "text", "id", or "none": an encoder alone.
@@ -73,6 +75,7 @@ class TwoTowerSpec:
     features: features_lib.FeatureSpec | None = None
     id_buckets: int = 0
     id_hashes: int = 2
+    history_ids: bool = False
 
     @property
     def id_rows(self) -> int:
@@ -160,6 +163,7 @@ def make_spec(
         n_ids=n_items if towers.item.ids else 0,
         id_buckets=towers.item.id_buckets,
         id_hashes=towers.item.id_hashes,
+        history_ids=u.kind == "history" and u.ids,
         item_text=towers.item.text,
         user=u.kind,
         history=tower,
@@ -201,7 +205,7 @@ def _check_shrinkage(item: Any) -> None:
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
-    """Fresh parameters {"item"?, "ids"?, "features"?, "user"?, "users"?, "text"?, "task"?, "lora"?}.
+    """Fresh parameters {"item"?, "ids"?, "features"?, "user"?, "history_ids"?, "users"?, "text"?, "task"?, "lora"?}.
 
     ID vectors of items start at zero: an item begins as what its text says. Without text they are drawn, small. Their table has N rows,
     or as many as there are buckets, filled up to a multiple of `ids.ID_ROWS`, that of users has U so; nothing reads the rows behind.
@@ -221,6 +225,8 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
     if spec.n_ids:
         shape, scale = (spec.id_rows, spec.dim), ids_lib.ID_SCALE * (spec.id_hashes**-0.5 if spec.id_buckets else 1.0)
         params["ids"] = {"embedding": jnp.zeros(shape) if spec.item_text else scale * jax.random.normal(item_key, shape)}
+    if spec.history_ids:
+        params["history_ids"] = {"embedding": jnp.zeros((spec.id_rows, spec.dim))}
     if spec.features is not None:
         params["features"] = features_lib.init(fold(key, "features"), spec.features, spec.dim)
     if spec.user == "id":
@@ -309,6 +315,11 @@ def _given(spec: TwoTowerSpec, features: features_lib.Rows | None) -> features_l
     return features
 
 
+def in_history(params: Params, spec: TwoTowerSpec, vectors: jax.Array, ids: Array) -> jax.Array:
+    """Item vectors [..., D] of the catalogue items `ids` [...] -> what the history tower sees of them; -1 gives any."""
+    return vectors + ids_lib.vectors(params["history_ids"], ids, **spec.id_options) if spec.history_ids else vectors
+
+
 def as_ranked(params: Params, spec: TwoTowerSpec, counts: Array | None) -> Params:
     """Parameters as the catalogue is ranked with them: own vectors of seldom seen items shrunk by `spec.id_shrinkage` (`ids.shrunk`).
 
@@ -364,7 +375,7 @@ def user_vectors(
         histories = jnp.where(there.all(-1)[:, None], jnp.roll(histories, -1, axis=1), histories)
         last = jnp.minimum(there.sum(-1), histories.shape[1] - 1)
         there, hidden = places <= last[:, None], places == last[:, None]
-    vectors = jnp.take(jnp.asarray(items), histories, axis=0, mode="clip")
+    vectors = in_history(params, spec, jnp.take(jnp.asarray(items), histories, axis=0, mode="clip"), histories)
     known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
     out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), features=features, hidden=hidden, **known)
     behind = (1,) * (out.ndim - 2)  # of users and places

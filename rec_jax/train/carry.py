@@ -13,9 +13,10 @@ import numpy as np
 from rec_jax import mesh as mesh_lib
 from rec_jax.types import Params, RecJaxError
 
-GROUPS = ("item", "ids", "features", "user", "users")  # what both must agree on; heads of tasks and learned scalars belong to objectives
+# What both must agree on; heads of tasks and learned scalars belong to objectives.
+GROUPS = ("item", "ids", "features", "user", "history_ids", "users")
 OF_USERS = "user/features/"  # features of users, which the history tower reads
-TABLES = {"ids/embedding": "items", "users/embedding": "users"}
+TABLES = {"ids/embedding": "items", "history_ids/embedding": "items", "users/embedding": "users"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def check(carried: Carried, fresh: Params) -> None:
             continue
         added = group not in carried.params  # a table of the new run alone begins as a fresh one does
         a, b = (shapes.get(name) for shapes in (old, new))
-        if name in TABLES and a and b and not (carried.hashed and name == "ids/embedding"):
+        if name in TABLES and a and b and not (carried.hashed and TABLES[name] == "items"):
             a, b = a[1:], b[1:]
         if (group == "features" or name.startswith(OF_USERS)) and _may_grow(name.removeprefix("user/"), a, b):
             a, b = b, b

@@ -25,7 +25,7 @@ from rec_jax.train.forwards import StepSpec
 from rec_jax.train.objectives import Objective
 from rec_jax.types import Batch, Params, RecJaxError
 
-TABLES = {"ids": "ids/embedding", "users": "users/embedding"}  # group of parameters -> its table
+TABLES = {group: f"{group}/embedding" for group in ("ids", "history_ids", "users")}  # group of parameters -> its table
 EPSILON = 1e-8  # beside the root of a second moment, as optax.adam has it
 
 
@@ -72,7 +72,8 @@ def tables_of(rows: str, objectives: tuple[Objective, ...], towers: TwoTowerSpec
                 f"{place}: config.objectives.{o.name}.momentum={o.momentum} moves every row of the momentum encoder's table in each step: "
                 "set it to 0, with queue for negatives of earlier batches, or config.optimizer.rows='dense'"
             )
-    found = tuple(group for group, there in (("ids", towers.n_ids), ("users", towers.user == "id")) if there)
+    there = {"ids": towers.n_ids, "history_ids": towers.history_ids, "users": towers.user == "id"}
+    found = tuple(group for group in TABLES if there[group])
     if not found:
         raise RecJaxError(f"{place} is of tables of own vectors, and there is none: set config.towers.item.ids=True, or rows='dense'")
     return found
@@ -93,11 +94,15 @@ def touched(params: Params, spec: StepSpec, batch: Batch, *, n_items: int, draw:
     """
     if not spec.row_tables:
         return {}
-    looked_up = {"users": [batch.user_ids], "ids": [batch.item_ids, *forwards.draws(spec, batch, draw, n_items=n_items)]}
+    looked_up = {
+        "users": [batch.user_ids],
+        "history_ids": [batch.item_ids],
+        "ids": [batch.item_ids, *forwards.draws(spec, batch, draw, n_items=n_items)],
+    }
 
     def rows_of(group: str) -> Rows:
         ids = jnp.concatenate([jnp.asarray(x).reshape(-1) for x in looked_up[group] if x is not None])
-        found = (ids_lib.places(ids, **spec.towers.id_options) if group == "ids" else ids).reshape(-1)
+        found = (ids_lib.places(ids, **spec.towers.id_options) if group != "users" else ids).reshape(-1)
         size = len(params[group]["embedding"])
         rows = once(jax.lax.with_sharding_constraint(found, replicated(mesh)), rows=size)
         axes, *columns = placed[group]["embedding"].spec or (None,)
