@@ -25,7 +25,7 @@ def get_config(arg=None):
     c.data.path = "builtin:ml-latest-small"
     c.data.text.template = "{title} ({year}). {genres}"
     c.data.text.max_tokens = 32
-    c.train.patience = 0  # the stages are short
+    c.train.eval_every, c.train.patience = "20 percent", 0  # the stages are short
     c.eval.fuse = "sequence_knn"
     c.eval.examples = (
         ("Toy Story (1995)", "Finding Nemo (2003)"),
@@ -33,7 +33,7 @@ def get_config(arg=None):
         ("Pride & Prejudice (2005)", "Notting Hill (1999)"),
     )
 
-    recipes.four_stages(c, pretrain="20 steps", task="200 steps", distill="100 steps")
+    recipes.four_stages(c, pretrain="20 steps", task="100 steps", distill="50 steps")
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
