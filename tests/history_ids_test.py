@@ -1,5 +1,7 @@
 """Own vectors of items at the places of histories alone (towers.user.ids): what they change, training, ranking, going on."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -27,19 +29,20 @@ def world(folder, **changes):
 @pytest.mark.parametrize("kind", WORLDS)
 def test_a_history_sees_them_and_a_candidate_does_not(kind, tmp_path):
     task, params, batch = world(tmp_path, **WORLDS[kind])
-    encode = jax.jit(lambda p: encode_batch(p, task.spec.towers, batch, table=tiny.table(), catalogue=True, keys=None))
-    fresh, trained = encode(task.params), encode(params)
-    without = stages.make_step(
-        tiny.config(**{**WORLDS[kind], "towers.user.ids": False}), _spec(kind, False), BatchSpec.from_config(tiny.config())
-    )
-    plain = encode_batch(task.params, without.towers, batch, table=tiny.table(), catalogue=False, keys=None)
+
+    @functools.partial(jax.jit, static_argnames="spec")
+    def encode(p, spec):
+        return encode_batch(p, spec, batch, table=tiny.table(), catalogue=True, keys=None)
+
+    towers = task.spec.towers
+    fresh, trained, plain = encode(task.params, towers), encode(params, towers), encode(task.params, _spec(kind, False))
     np.testing.assert_allclose(fresh.user, plain.user, atol=1e-6)
     np.testing.assert_array_equal(fresh.catalogue, trained.catalogue)
     assert np.abs(np.asarray(fresh.user - trained.user)).max() > 0.1
     # The ranking reads them as training does, by the items' places in the catalogue.
     segment = batch.history_segments[0, 0] == 1
     ids = batch.item_ids[0][batch.history[0, 0][segment]]
-    ranked = two_tower.user_vectors(params, task.spec.towers, trained.catalogue, np.asarray(ids)[None])
+    ranked = jax.jit(lambda p: two_tower.user_vectors(p, towers, trained.catalogue, np.asarray(ids)[None]))(params)
     np.testing.assert_allclose(ranked[0], trained.user[0][np.flatnonzero(segment)[-1]], atol=1e-5)
 
 
@@ -50,8 +53,8 @@ def _spec(kind, history_ids):
 
 def test_only_items_of_histories_have_a_gradient(tmp_path):
     task, params, batch = world(tmp_path, **BOTH)
-    gradient = jax.grad(lambda p: loss_and_metrics(p, task.spec, batch, task.constants, jax.random.key(0))[0])(params)["history_ids"]
-    moved = np.flatnonzero(np.abs(gradient["embedding"]).max(1))
+    loss = lambda p: loss_and_metrics(p, task.spec, batch, task.constants, jax.random.key(0))[0]
+    moved = np.flatnonzero(np.abs(jax.jit(jax.grad(loss))(params)["history_ids"]["embedding"]).max(1))
     there = np.concatenate([row[places[segments > 0]] for row, places, segments in _rows(batch)])
     assert set(moved) <= set(there.tolist())
     assert len(moved) > 30
