@@ -279,7 +279,7 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("mix", ["catalogue", "drawn", pytest.param("batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mix", ["catalogue", *(pytest.param(mix, marks=pytest.mark.slow) for mix in ("drawn", "batch"))])
 def test_64_histories_are_learned_by_heart(mix, tmp_path):
     rows = {"batch.shards": 1, "batch.history_rows": 48, "batch.cloze": 0.2, "towers.dim": 16, "towers.item.ids": True}
     task = tiny.task(tiny.config(**{**ON, **rows, **MIXES[mix]}), tmp_path)

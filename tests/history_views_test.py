@@ -273,7 +273,7 @@ def test_the_views_of_a_batch_find_each_other(tmp_path, same_target):
     assert after < 0.02
 
 
-@pytest.mark.parametrize("same_target", [False, True])
+@pytest.mark.parametrize("same_target", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_eight_devices_have_the_loss_and_gradient_of_one(tmp_path, same_target):
     task = task_of(tmp_path, **{"objectives.history_views.same_target": same_target, "towers.user.dropout": 0.2})
     gradient = tiny.gradient_of_one_device_and_eight(task)

@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("meshes")
 
 
-QUICK = {("tokens_batch", "2x2x2"), ("frozen_batch", "2x4x1")}  # step_test has the catalogue on eight devices
+QUICK = {("tokens_batch", "2x2x2")}  # step_test has the catalogue on eight devices
 PAIRS = [pytest.param(w, m, marks=() if (w, m) in QUICK else pytest.mark.slow) for w in WORLDS for m in MESHES]
 
 

@@ -67,7 +67,7 @@ def test_the_duration_is_the_most(tmp_path):
     assert progress.best_step == 30
 
 
-@pytest.mark.parametrize("call", [3, 5])
+@pytest.mark.parametrize("call", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_run_finds_its_end_again(tmp_path, call):
     values = [0.2, 0.5, 0.4, 0.3, 0.6, 0.1]
     whole = run(tmp_path / "whole", Valid(values), **PLATEAU)
