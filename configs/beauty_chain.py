@@ -30,7 +30,7 @@ def get_config(arg=None):
     recipes.four_stages(c, pretrain="100 steps", task="2 epochs", distill="3 epochs")
     if arg == "smoke":
         c.towers.text.path = "scratch"
-        c.towers.text.scratch.update({"layers": 1, "width": 64, "heads": 2, "words": 2000})
+        c.towers.text.scratch.update({"layers": 1, "width": 128, "heads": 2, "words": 2000})
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
         c.eval.max_users = 200

@@ -18,7 +18,7 @@ PRESETS = ("", "smoke", *recipes.VARIANTS)
 
 
 def get_config(arg=None):
-    """`smoke`: all stages in under a minute, on few users and steps. The others leave a stage out (rec_jax/recipes.py)."""
+    """`smoke`: all stages in a minute or two, on few users and steps. The others leave a stage out (rec_jax/recipes.py)."""
     c = defaults()
     recipes.sequences(c)
     c.data.reader = "movielens"
@@ -43,7 +43,7 @@ def get_config(arg=None):
         c.eval.baselines, c.eval.fuse = ("popularity",), ""
         # Made from the titles: the pretrained encoder takes a minute for all of them
         c.towers.text.path = "scratch"
-        c.towers.text.scratch.update({"layers": 1, "width": 64, "heads": 2, "words": 2000})
+        c.towers.text.scratch.update({"layers": 1, "width": 128, "heads": 2, "words": 2000})
         c.stage.pretrain.train.duration = "2 steps"
         c.stage.task.train.duration = "10 steps"
         c.stage.distill.train.duration = "10 steps"

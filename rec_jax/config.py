@@ -132,6 +132,12 @@ def check(config: ConfigDict) -> None:
             raise RecJaxError(f"config.data.on_bad.{key}={value!r}: expected one of {', '.join(allowed)}")
     if config.towers.dim % config.towers.user.heads:
         raise RecJaxError(f"config.towers.dim={config.towers.dim} is not divisible by config.towers.user.heads={config.towers.user.heads}")
+    text, item, width = config.towers.text, config.towers.item, config.towers.text.width or config.towers.text.scratch.width
+    if text.path == "scratch" and text.source == "frozen" and item.text and item.whiten and width < config.towers.dim:
+        raise RecJaxError(
+            f"config.towers.item.whiten=True makes config.towers.dim={config.towers.dim} numbers of text vectors of {width} "
+            "(config.towers.text.width or scratch.width): set dim to as many at most, or whiten=False"
+        )
     check_histories(config)
     if config.data.text.max_tokens > config.batch.row_tokens:
         raise RecJaxError(

@@ -162,6 +162,15 @@ def test_check_refuses_and_says_why(key, value, message):
         config_lib.check(config)
 
 
+def test_a_whitened_head_is_no_wider_than_the_encoder_that_is_made():
+    config = config_lib.defaults()
+    config.update_from_flattened_dict({"towers.text.path": "scratch", "towers.text.scratch.width": 64, "towers.dim": 64})
+    config_lib.check(config)
+    config.towers.dim = 128
+    with pytest.raises(RecJaxError, match=r"makes config.towers.dim=128 numbers of text vectors of 64 .*: set dim to as many at most"):
+        config_lib.check(config)
+
+
 def test_check_names_the_neighbours_of_an_unknown_key():
     config = config_lib.defaults()
     config.optimizer.learning_rat = 1.0
