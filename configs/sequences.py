@@ -7,7 +7,7 @@ the whole catalogue, with a share of the weight for the neighbours of its newest
 vectors of their own. How long it trains, and how strong the means against learning histories by heart are, goes by how often an epoch
 predicts an item (rec_jax/train/adapt.py).
 
-Test NDCG@10, HR@10 with the history's items removed, and with neighbours' scores beside the model's (README.md, "Other data"):
+Test NDCG@10, HR@10 with the history's items removed, and with neighbours' scores beside the model's (README.md, "Results on other data"):
 Amazon Beauty (22,363 users, 12,101 items) .075, .125; .077, .127. MovieLens-1M (6,040 users, 3,416 items) .213, .357; .218, .361.
 Amazon Games 2018 (50,546 users, 16,859 items) .080, .138; .085, .144.
 

@@ -189,8 +189,7 @@ def _totals(logits: Any) -> tuple[Any, Any]:
     zero = jnp.zeros((), logits.dtype)
     both = lambda a, b: (a[0] + b[0], a[1] + b[1])
     # One pass for the two; a sum of booleans alone takes as long as two passes.
-    total, count = jax.lax.reduce((jnp.where(counts, logits, zero), counts.astype(logits.dtype)), (zero, zero), both, (1,))
-    return total, count
+    return jax.lax.reduce((jnp.where(counts, logits, zero), counts.astype(logits.dtype)), (zero, zero), both, (1,))
 
 
 def _matmul(equation: str, d_logits: Any, vectors: Any) -> Any:

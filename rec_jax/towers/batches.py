@@ -33,7 +33,7 @@ from rec_jax.types import Array, Batch, Outputs, Params, RecJaxError
 
 def _lookup(vectors: jax.Array, places: jax.Array) -> jax.Array:
     """Per shard: vectors [G, M, D], places [G, ...] -> [G, ..., D]; vmapped over G, so that it stays on its device. -1 gives row 0."""
-    return jax.vmap(lambda v, i: jnp.take(v, i, axis=0, mode="clip"))(vectors, places)
+    return jax.vmap(lambda v, i: jnp.take(v, jnp.maximum(i, 0), axis=0))(vectors, places)
 
 
 def encode_batch(
@@ -133,7 +133,7 @@ def encode_batch(
 
 def _rows_of(table: Array | None, ids: Array) -> jax.Array | None:
     """Text vectors [..., D_text] of catalogue items [...]; None without a table. -1 gives row 0."""
-    return None if table is None else jnp.take(jnp.asarray(table), ids, axis=0, mode="clip")
+    return None if table is None else jnp.take(jnp.asarray(table), jnp.maximum(ids, 0), axis=0)
 
 
 def _drawn_for_queries(

@@ -96,7 +96,7 @@ def init(key: jax.Array, spec: FeatureSpec, dim: int) -> dict[str, Any]:
 
 def rows_of(rows: Rows, ids: Array) -> Rows:
     """Rows of the whole catalogue [N, ...], ids [...] -> their rows; -1 gives row 0."""
-    return jax.tree.map(lambda x: jnp.take(jnp.asarray(x), ids, axis=0, mode="clip"), dict(rows))
+    return jax.tree.map(lambda x: jnp.take(jnp.asarray(x), jnp.maximum(ids, 0), axis=0), dict(rows))
 
 
 def without_some(key: jax.Array, spec: FeatureSpec, rows: Rows) -> Rows:
@@ -131,23 +131,19 @@ def fuse(params: Params, spec: FeatureSpec, base: jax.Array, rows: Rows, query: 
 
 
 def _with_none(params: Params) -> jax.Array:
-    """The table [V, d] with zeros for none, its first row: a mask for each look-up, kept for the backward pass, took five times as long."""
+    """The table [V, d] with zeros for none, its first row: many look-ups need no masks, which the backward pass would have to keep."""
     return jnp.asarray(params["embedding"]).at[0].set(0.0)
 
 
-def _look_up(table: jax.Array, numbers: jax.Array) -> jax.Array:
-    return jnp.take(table, numbers, axis=0, mode="clip")
-
-
 def _categorical(params: Params, numbers: jax.Array) -> jax.Array:
-    return _look_up(_with_none(params), numbers)
+    return jnp.where((numbers > 0)[..., None], jnp.take(params["embedding"], numbers, axis=0), 0.0)
 
 
 def _multi_hot(params: Params, numbers: jax.Array) -> jax.Array:
     """numbers [..., K] -> mean of their vectors [..., d]; one after the other, so that no [..., K, d] array exists."""
     table = _with_none(params)
     start = jnp.zeros((*numbers.shape[:-1], table.shape[1]), table.dtype)
-    total, _ = jax.lax.scan(lambda sum, k: (sum + _look_up(table, k), None), start, jnp.moveaxis(numbers, -1, 0))
+    total, _ = jax.lax.scan(lambda sum, k: (sum + jnp.take(table, k, axis=0), None), start, jnp.moveaxis(numbers, -1, 0))
     return total / jnp.maximum((numbers > 0).sum(-1), 1)[..., None]
 
 
@@ -159,11 +155,11 @@ def _attended(params: Params, numbers: jax.Array, query: jax.Array | None) -> ja
     assert query is not None
     table = _with_none(params)
     asked = query @ params["query"] * table.shape[1] ** -0.5
-    product = jax.checkpoint(lambda k: (asked * _look_up(table, k)).sum(-1))
+    product = jax.checkpoint(lambda k: (asked * jnp.take(table, k, axis=0)).sum(-1))
     there = numbers > 0
     logits = jnp.moveaxis(jax.lax.map(product, jnp.moveaxis(numbers, -1, 0)), 0, -1)
     shares = jnp.where(there, jax.nn.softmax(jnp.where(there, logits, -1e9), axis=-1), 0.0)
-    weighed = jax.checkpoint(lambda sum, x: (sum + x[1][..., None] * _look_up(table, x[0]), None))
+    weighed = jax.checkpoint(lambda sum, x: (sum + x[1][..., None] * jnp.take(table, x[0], axis=0), None))
     start = jnp.zeros((*numbers.shape[:-1], table.shape[1]))
     return jax.lax.scan(weighed, start, (jnp.moveaxis(numbers, -1, 0), jnp.moveaxis(shares, -1, 0)))[0]
 

@@ -50,7 +50,7 @@ def look_up(group: Params, rows: Array) -> jax.Array:
     table, rows = group["embedding"], jnp.asarray(rows)
     if "rows" in group:
         rows = jnp.minimum(jnp.searchsorted(group["rows"], rows), len(table) - 1)
-    return jnp.take(table, rows, axis=0, mode="clip")
+    return jnp.take(table, jnp.maximum(rows, 0), axis=0)
 
 
 def vectors(group: Params, ids: Array, *, buckets: int, hashes: int) -> jax.Array:

@@ -375,7 +375,7 @@ def user_vectors(
         histories = jnp.where(there.all(-1)[:, None], jnp.roll(histories, -1, axis=1), histories)
         last = jnp.minimum(there.sum(-1), histories.shape[1] - 1)
         there, hidden = places <= last[:, None], places == last[:, None]
-    vectors = in_history(params, spec, jnp.take(jnp.asarray(items), histories, axis=0, mode="clip"), histories)
+    vectors = in_history(params, spec, jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0), histories)
     known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
     out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), features=features, hidden=hidden, **known)
     behind = (1,) * (out.ndim - 2)  # of users and places

@@ -120,6 +120,7 @@ class _Run:
         feature_codes.keep(workdir, self.coding, write=jax.process_index() == 0)
         feature_codes.keep(workdir, self.user_coding, write=jax.process_index() == 0, name=user_features.CODES)
         self.speed = plan.machine_speed()
+        self.encoding = plan.encoding_seconds(self.encoder[1], self.tokens, row_tokens=config.batch.row_tokens, speed=self.speed)
         several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         kind = jax.devices()[0].device_kind
         self.clock.say(f"  {jax.device_count()} x {kind}{several}, {self.speed / 1e9:,.0f} GFLOP/s in a large fp32 matmul")
@@ -248,8 +249,7 @@ class _Run:
         row = config.batch.row_tokens
         encoding = 0.0
         if config.towers.item.text:
-            tokens = int(self.tokens.lengths().sum())
-            encoding = plan.text_flops(self.encoder[1], tokens, row_tokens=row, train=False) / self.speed / plan.TEXT_SHARE
+            encoding = plan.encoding_seconds(self.encoder[1], self.tokens, row_tokens=row, speed=self.speed)
             clock.part(f"{title}: text vectors, if they are not kept yet", encoding)
         table = any(o.table for o in made)
         self.model = model = model_lib.make_model(
@@ -342,7 +342,8 @@ class _Run:
         config, clock, workdir = self.config, self.clock, self.workdir
         smaller = min(self.prepared.n_items, self.prepared.n_users)
         ease = "ease" in config.eval.baselines and smaller <= config.eval.ease_max_items
-        expected = 10 + plan.test_flops(smaller, ease=ease) / self.speed / plan.STEP_SHARE
+        kinds = [stage.batch.kind for _, stage, _ in self.planned]
+        expected = plan.test_seconds(kinds, smaller, ease=ease, encoding=self.encoding, speed=self.speed)
         clock.part("test: the model and its baselines, every user against the whole catalogue", expected)
         final.run(workdir, say=clock.say)
         if config.stages:

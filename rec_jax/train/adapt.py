@@ -90,7 +90,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[
     if not (lasts or adapt):
         return config
     times, batch = times_predicted(train_lengths, n_items), config.batch
-    steps = times * n_items / (batch.shards * batch.history_rows * batch.history_length)
+    steps = times * n_items * (1 - batch.drop_events) / (batch.shards * batch.history_rows * batch.history_length)
     out = config.copy_and_resolve_references()
     with out.unlocked():
         if lasts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from rec_jax.data.pipeline import BatchSpec
 from rec_jax.towers.bert import BertSpec
 from rec_jax.towers.interests import WIDER
 from rec_jax.train.forwards import StepSpec
+from rec_jax.types import Ragged
 
 # Shares of a large matmul's speed that the parts reach: measured with the main job on 2 CPU cores. Estimates for a person, no promise.
 TEXT_SHARE = 0.6  # encoding texts
 STEP_SHARE = 0.36  # a train step
+STAGE_SECONDS = 10.0  # ranking by a stage, in the test
 
 
 def machine_speed() -> float:
@@ -87,6 +90,19 @@ def text_step_flops(spec: StepSpec, batch: BatchSpec) -> float:
     return total
 
 
-def test_flops(n_items: int, *, ease: bool) -> float:
-    """FLOP of the final test that grow faster than the catalogue: EASE's inverse, N^3 multiply-adds; 0 without it."""
-    return 2.0 * n_items**3 if ease else 0.0
+def encoding_seconds(spec: BertSpec, tokens: Ragged, *, row_tokens: int, speed: float) -> float:
+    """Seconds of encoding the catalogue's texts once at `speed` FLOP/s."""
+    return text_flops(spec, int(tokens.lengths().sum()), row_tokens=row_tokens, train=False) / speed / TEXT_SHARE
+
+
+def test_seconds(kinds: Sequence[str], n_items: int, *, ease: bool, encoding: float, speed: float) -> float:
+    """Seconds of the final test: each stage, the texts as they were before a stage on texts, and EASE's inverse, N^3 multiply-adds.
+
+    Args:
+      kinds: of the stages' batches.
+      n_items: N, or the users where they are fewer.
+      ease: whether EASE is measured.
+      encoding: seconds of encoding the catalogue's texts by the run's own encoder.
+      speed: FLOP/s.
+    """
+    return STAGE_SECONDS * len(kinds) + encoding * ("texts" in kinds) + (2.0 * n_items**3 / speed / STEP_SHARE if ease else 0.0)

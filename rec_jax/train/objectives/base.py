@@ -92,13 +92,13 @@ def learned_scale(scalars: Any) -> Any:
 
 def target_ids(batch: Batch) -> jax.Array:
     """Catalogue index of each query's target [G, Q]; 0 where there is none (its weight is 0)."""
-    ids = jax.vmap(lambda ids, i: jnp.take(ids, i, mode="clip"))(batch.item_ids, batch.targets)
+    ids = jax.vmap(lambda ids, i: jnp.take(ids, jnp.maximum(i, 0)))(batch.item_ids, batch.targets)
     return jnp.maximum(ids, 0)
 
 
 def lookup(vectors: Any, places: Any) -> jax.Array:
     """Per shard: vectors [G, M, ...], places [G, ...] -> [G, ..., ...]; vmapped over G, so that it stays on its device. -1 gives row 0."""
-    return jax.vmap(lambda v, i: jnp.take(v, i, axis=0, mode="clip"))(jnp.asarray(vectors), jnp.asarray(places))
+    return jax.vmap(lambda v, i: jnp.take(v, jnp.maximum(i, 0), axis=0))(jnp.asarray(vectors), jnp.asarray(places))
 
 
 def flat(x: Any) -> jax.Array:

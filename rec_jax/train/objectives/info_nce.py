@@ -229,7 +229,7 @@ def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec
     if spec.mask_history:
         share = jnp.where((near[:, :, None] == problem["left_out"][:, None, :]).any(-1), 0, share)
     total = share.sum(1)
-    vectors = jnp.take(problem["item"], near, axis=0, mode="clip")
+    vectors = jnp.take(problem["item"], near, axis=0)
     mean = jnp.einsum("qm,qmd->qd", share / jnp.maximum(total, 1e-6)[:, None], vectors)
     target = jnp.take(problem["item"], problem["target"], axis=0)
     # Queries without a target hold anything at all.
