@@ -107,7 +107,13 @@ def encode_batch(
     text = text_of_items("text") if spec.encode else _rows_of(table, batch.item_ids)
     if spec.user == "none":
         return Outputs(text=text)
-    item = over_batch(some_items(params, spec, text, batch.item_ids, features))
+    everything = None
+    if catalogue:
+        everything = item_vectors(params, spec, table if texts is None else _all_texts(params, spec, texts), features)
+    if everything is not None and not spec.encode:  # the batch's items are among them: no need to make them twice
+        item = over_batch(jnp.take(everything, jnp.maximum(batch.item_ids, 0), axis=0))
+    else:
+        item = over_batch(some_items(params, spec, text, batch.item_ids, features))
     out = Outputs(user=_users(params, spec, batch, item, of_users, keys, chunk_rows, mesh), item=item, text=text, drawn_ids=drawn_ids)
     if views:
         assert text is not None
@@ -117,8 +123,7 @@ def encode_batch(
         out.plain = over_batch(text_item_vectors(params, spec, text, None, rows))
     if history_views:
         out.history_views = _history_views(params, spec, batch, item, _key(keys, "history_view"))
-    if catalogue:
-        out.catalogue = item_vectors(params, spec, table if texts is None else _all_texts(params, spec, texts), features)
+    out.catalogue = everything
     if drawn_ids is not None:
         out.drawn = some_items(params, spec, _rows_of(table, drawn_ids), drawn_ids, features)
     if query_drawn_ids is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rec_jax.towers.products import dot_general
 from rec_jax.types import Array, Params, RecJaxError
 
 HEADS = ("linear", "mlp")
@@ -21,11 +22,11 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
-        out = nn.Dense(self.dim, name="project")(text)
+        out = nn.Dense(self.dim, name="project", dot_general=dot_general)(text)
         if self.kind == "mlp":
             # A residual beside the linear map, zero at the start: the MLP begins as the (whitened) linear head.
-            inner = nn.gelu(nn.Dense(self.hidden, name="hidden")(text))
-            out = out + nn.Dense(self.dim, name="residual", kernel_init=nn.initializers.zeros)(inner)
+            inner = nn.gelu(nn.Dense(self.hidden, name="hidden", dot_general=dot_general)(text))
+            out = out + nn.Dense(self.dim, name="residual", dot_general=dot_general, kernel_init=nn.initializers.zeros)(inner)
         return out
 
 

@@ -18,6 +18,7 @@ from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.history_layers import LAYERS
 from rec_jax.towers.history_spec import HistorySpec as HistorySpec
 from rec_jax.towers.interests import Interests
+from rec_jax.towers.products import dot_general
 from rec_jax.types import Params, RecJaxError
 
 
@@ -48,7 +49,7 @@ class _History(nn.Module):
         keys: jax.Array | None,
     ) -> jax.Array:
         s, positions = self.spec, segment_positions(segment_ids)
-        x = nn.Dense(s.dim, use_bias=False, name="in")(vectors * s.dim**0.5)
+        x = nn.Dense(s.dim, use_bias=False, name="in", dot_general=dot_general)(vectors * s.dim**0.5)
         table = lambda name, rows: nn.Embed(rows, s.dim, embedding_init=nn.initializers.zeros, name=name)
         if s.positions == "learned":
             x = x + nn.Embed(s.max_positions, s.dim, name="position")(positions)
@@ -73,7 +74,7 @@ class _History(nn.Module):
             x = jnp.einsum("rst,rtd->rsd", share / share.sum(-1, keepdims=True), x)
         x = nn.RMSNorm(name="norm")(x)
         x = x if s.interests == 1 else Interests(s.interests, name="interests")(x, mask)
-        return nn.Dense(s.dim, use_bias=False, name="project")(x)
+        return nn.Dense(s.dim, use_bias=False, name="project", dot_general=dot_general)(x)
 
 
 def init(key: jax.Array, spec: HistorySpec) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,6 +14,9 @@ from rec_jax.towers import places as places_lib
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.history_spec import HistorySpec
 from rec_jax.towers.places import Places
+from rec_jax.towers.products import dot_general
+
+_linear = functools.partial(nn.DenseGeneral, use_bias=False, dot_general=dot_general)
 
 
 def _drop(x: jax.Array, keys: jax.Array | None, name: str, rate: float) -> jax.Array:
@@ -42,14 +46,14 @@ class Attention(nn.Module):
         s, width = self.spec, self.spec.dim // self.spec.heads
         x = over_batch(x)
         y = nn.RMSNorm(name="attention_norm")(x)
-        q, k, v = (nn.DenseGeneral((s.heads, width), use_bias=False, name=n)(y) for n in ("query", "key", "value"))
+        q, k, v = (_linear((s.heads, width), name=n)(y) for n in ("query", "key", "value"))
         logits = _scores(q, k, s, places, width**-0.5)
         # A finite mask: rows of padding stay finite, and exp gives an exact 0 for every hidden place that is not the row's only one.
         weights = jax.nn.softmax(jnp.where(mask[:, None], logits.astype(jnp.float32), -1e30), axis=-1).astype(x.dtype)
         y = jnp.einsum("rhst,rthd->rshd", _drop(weights, keys, "attention", s.dropout), v)
-        x = over_batch(x + _drop(nn.DenseGeneral(s.dim, axis=(-2, -1), use_bias=False, name="out")(y), keys, "out", s.dropout))
-        y = nn.gelu(nn.Dense(s.mlp, use_bias=False, name="mlp_in")(nn.RMSNorm(name="mlp_norm")(x)))
-        return x + _drop(nn.Dense(s.dim, use_bias=False, name="mlp_out")(y), keys, "mlp", s.dropout)
+        x = over_batch(x + _drop(_linear(s.dim, axis=(-2, -1), name="out")(y), keys, "out", s.dropout))
+        y = nn.gelu(_linear(s.mlp, name="mlp_in")(nn.RMSNorm(name="mlp_norm")(x)))
+        return x + _drop(_linear(s.dim, name="mlp_out")(y), keys, "mlp", s.dropout)
 
 
 class Hstu(nn.Module):
@@ -69,13 +73,13 @@ class Hstu(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, places: Places, keys: jax.Array | None) -> jax.Array:
         s, width = self.spec, self.spec.dim // self.spec.heads
         x = over_batch(x)
-        y = nn.silu(nn.Dense(4 * s.dim, use_bias=False, name="uvqk")(nn.RMSNorm(name="attention_norm")(x)))
+        y = nn.silu(_linear(4 * s.dim, name="uvqk")(nn.RMSNorm(name="attention_norm")(x)))
         # Heads come before the four, so that devices that share the kernel's columns hold whole heads.
         u, v, q, k = jnp.moveaxis(y.reshape(*y.shape[:2], s.heads, 4, width), -2, 0)
         weights = jnp.where(mask[:, None], nn.silu(_scores(q, k, s, places, 1.0)), 0.0)
         y = jnp.einsum("rhst,rthd->rshd", weights, v) / mask.sum(-1)[..., None, None]
         y = nn.RMSNorm(name="value_norm")(y.reshape(x.shape)).reshape(u.shape) * u
-        out = nn.DenseGeneral(s.dim, axis=(-2, -1), use_bias=False, name="out")
+        out = _linear(s.dim, axis=(-2, -1), name="out")
         return over_batch(x + out(_drop(y, keys, "gated", s.dropout)))
 
 

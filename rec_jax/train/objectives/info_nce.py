@@ -225,15 +225,20 @@ def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec
         same = (older(segments) == segments) & (segments > 0)
         neighbours.append(ids[item])
         parts.append(shares[item] * (same.reshape(-1, 1) * spec.neighbour_decay**age))
-    share, near = jnp.concatenate(parts, axis=1), jnp.concatenate(neighbours, axis=1)
-    if spec.mask_history:
-        share = jnp.where((near[:, :, None] == problem["left_out"][:, None, :]).any(-1), 0, share)
-    total = share.sum(1)
-    vectors = jnp.take(problem["item"], near, axis=0)
-    mean = jnp.einsum("qm,qmd->qd", share / jnp.maximum(total, 1e-6)[:, None], vectors)
-    target = jnp.take(problem["item"], problem["target"], axis=0)
     # Queries without a target hold anything at all.
     query = jnp.where(weights[:, None] > 0, problem["query"], 0)
+
+    def add(carried: tuple[jax.Array, jax.Array], column: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (total, vectors), (near, share) = carried, column
+        if spec.mask_history:
+            share = jnp.where((near[:, None] == problem["left_out"]).any(1), 0, share)
+        return (total + share, vectors + share[:, None] * jnp.take(problem["item"], near, axis=0)), None
+
+    # One neighbour of all places after the other, so that no [Q, M, D] array exists.
+    columns = (jnp.concatenate(neighbours, axis=1).T, jnp.concatenate(parts, axis=1).T)
+    (total, vectors), _ = jax.lax.scan(add, (jnp.zeros(len(query)), jnp.zeros_like(query)), columns)
+    mean = vectors / jnp.maximum(total, 1e-6)[:, None]
+    target = jnp.take(problem["item"], problem["target"], axis=0)
     return jnp.sum(jnp.where(total > 0, weights, 0) * jnp.sum(query * (target - mean), axis=1))
 
 
