@@ -101,6 +101,7 @@ def config(**changes) -> ConfigDict:
     c.batch.update({"shards": 8, "history_rows": 2, "history_length": 16, "max_items": 40, "text_rows": 8, "row_tokens": 64})
     c.batch.update({"user_rows": 4, "user_history": 4})
     c.towers.dim, c.towers.user.mlp, c.towers.user.max_positions, c.towers.item.whiten = 8, 16, 32, False
+    c.towers.user.layers = 1  # half of the time of compiling; what several layers do is tested where they are
     c.train.duration, c.train.log_every, c.train.eval_every, c.train.checkpoint_every = "20 steps", "5 steps", "10 steps", "10 steps"
     c.optimizer.learning_rate = 1e-2
     for key, value in changes.items():
@@ -122,8 +123,8 @@ def task(c: ConfigDict, folder, *, mesh=None, evaluate=None, name: str = "", las
     views = HistoryViews.from_config(c)
     mask = views is not None and views.hides
     sizes = {"texts_per_row": texts_per_row(c.batch.row_tokens), "n_items": N_ITEMS}
-    spec = two_tower.make_spec(c.towers, bert_spec(), **sizes, mask=mask, causal=not c.batch.cloze)
-    text_params = init_text(jax.random.key(1), bert_spec()) if spec.encode else None
+    spec = two_tower.make_spec(c.towers, bert_spec(layers=1), **sizes, mask=mask, causal=not c.batch.cloze)
+    text_params = init_text(jax.random.key(1), bert_spec(layers=1)) if spec.encode else None
     mesh_lib.check_shards(c.batch.shards, mesh)
     batches = Batches(world.source(), world.train_lengths(), BatchSpec.from_config(c), seed=c.seed, texts=tokens())
     read = not spec.encode or c.towers.text.refresh
