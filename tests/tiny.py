@@ -101,7 +101,7 @@ def config(**changes) -> ConfigDict:
     c.batch.update({"shards": 8, "history_rows": 2, "history_length": 16, "max_items": 40, "text_rows": 8, "row_tokens": 64})
     c.batch.update({"user_rows": 4, "user_history": 4})
     c.towers.dim, c.towers.user.mlp, c.towers.user.max_positions, c.towers.item.whiten = 8, 16, 32, False
-    c.towers.user.layers = 1  # half of the time of compiling; what several layers do is tested where they are
+    c.towers.user.layers = 1  # less to compile; what several layers do is tested where they are
     c.train.duration, c.train.log_every, c.train.eval_every, c.train.checkpoint_every = "20 steps", "5 steps", "10 steps", "10 steps"
     c.optimizer.learning_rate = 1e-2
     for key, value in changes.items():
