@@ -57,3 +57,9 @@ def test_layers_take_it_and_others_keep_jax_s():
         loss = lambda params, layer: jnp.sum(layer.apply(params, x) ** 3)
         want, got = jax.grad(loss)(params, layer), jax.grad(loss)(params, ours)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), want, got)
+
+
+def test_a_batch_of_products_is_jax_s():
+    a, b = (jnp.asarray(np.random.default_rng(n).normal(size=(2, 3, 3)), jnp.float32) for n in (0, 1))
+    places = (((2,), (1,)), ((0,), (0,)))
+    np.testing.assert_array_equal(dot_general(a, b, places), jax.lax.dot_general(a, b, places))

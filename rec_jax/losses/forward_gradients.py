@@ -104,6 +104,8 @@ def _weighted_forward(
         lambda x: x.value, (query, item, scale, rows, weights), is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
     )
     vectors = item.vectors
+    # A CPU adds up the candidates' gradient as [D, N]: then the narrow side is what it has to transpose for the product.
+    turned = jax.default_backend() == "cpu"
 
     def step(carry: Any, part: Any) -> Any:
         total, d_item, d_bias = carry
@@ -121,21 +123,23 @@ def _weighted_forward(
             left = jnp.ones_like(factor)
         d_query = left * _matmul("bn,nd->bd", d_logits, vectors) if wanted.query or wanted.scale else None
         if wanted.item:
-            d_item = d_item + _matmul("bn,bd->dn", d_logits, (left * scale * query_part.vectors).astype(query.vectors.dtype))
+            d_item = d_item + _matmul(
+                "bn,bd->dn" if turned else "bn,bd->nd", d_logits, (left * scale * query_part.vectors).astype(query.vectors.dtype)
+            )
         if wanted.bias:
             d_bias = d_bias + jnp.einsum("bn,b->n", d_logits, left[:, 0])
         return (total + jnp.sum(weights_part * losses), d_item, d_bias), (d_query, d_rows, losses)
 
     start = (
         jnp.zeros((), weights.dtype),
-        jnp.zeros(vectors.shape[::-1], item.bias.dtype) if wanted.item else None,
+        jnp.zeros(vectors.shape[::-1] if turned else vectors.shape, item.bias.dtype) if wanted.item else None,
         jnp.zeros_like(item.bias) if wanted.bias else None,
     )
     parts = _split_queries((_without_bias(query), rows, weights), blocks)
     (total, d_item, d_bias), by_part = jax.lax.scan(step, start, parts)
     d_query, d_rows, losses = _join_queries(by_part, query.vectors.shape[0])
-    # Made as [D, N], where the narrow side is what a CPU has to transpose; the barrier keeps the compiler from turning it round again.
-    d_item = jax.lax.optimization_barrier(d_item).T if wanted.item else None
+    if wanted.item and turned:
+        d_item = jax.lax.optimization_barrier(d_item).T  # or the compiler would turn the product round again
     d_scale = jnp.sum(d_query * query.vectors) if wanted.scale else None
     d_query = scale * d_query if wanted.query else None
     # Empty arrays carry the dtypes of both sides to the backward pass.

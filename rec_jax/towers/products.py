@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 
-DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
-
 
 def dot_general(x: Any, kernel: Any, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None) -> Any:
     """`jax.lax.dot_general` of inputs [..., in] and a kernel [in, out], what flax's linear layers take as `dot_general`.
@@ -23,14 +21,14 @@ def dot_general(x: Any, kernel: Any, dimension_numbers: Any, precision: Any = No
     Args:
       x: inputs; `in` may be several last axes.
       kernel: `in` comes first; `out` may be several axes.
-      dimension_numbers: as of `jax.lax.dot_general`, without batch axes.
-      precision, preferred_element_type: likewise.
+      dimension_numbers, precision, preferred_element_type: as of `jax.lax.dot_general`; with other axes than these it is that.
     """
-    (of_x, of_kernel), _ = dimension_numbers
+    (of_x, of_kernel), batch = dimension_numbers
     count = len(of_x)
     last = tuple(range(x.ndim - count, x.ndim))
-    # Other layers, and other devices, whose compilers choose layouts themselves, take automatic differentiation's form.
-    if jax.default_backend() != "cpu" or tuple(of_x) != last or tuple(of_kernel) != tuple(range(count)):
+    ours = tuple(of_x) == last and tuple(of_kernel) == tuple(range(count)) and not any(batch)
+    # Other products, and other devices, whose compilers choose layouts themselves, take automatic differentiation's form.
+    if jax.default_backend() != "cpu" or not ours:
         return jax.lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
     return _linear(count, precision, preferred_element_type, x, kernel)
 
