@@ -42,6 +42,11 @@ SHARDED: Rules = (
 LAYOUTS: dict[str, Rules] = {"replicated": ((r".*", ()),), "sharded": SHARDED, "none": ()}
 
 
+def on_cpu() -> bool:
+    """Whether steps run on CPUs, which want some sums in another form than accelerators, for the same values."""
+    return jax.default_backend() == "cpu"
+
+
 def rules_of(layout: str, rules: Rules) -> Rules:
     """`config.mesh.layout` and `config.mesh.rules` -> all rules, the config's own first.
 

@@ -8,6 +8,7 @@ import tiny
 
 from rec_jax import mesh as mesh_lib
 from rec_jax.data.neighbours import co_occurrence, nearest
+from rec_jax.losses import forward_gradients
 from rec_jax.train.objectives import base, info_nce, make_objectives
 from rec_jax.train.step import loss_and_metrics
 from rec_jax.types import Batch, Context, Outputs, Ragged, RecJaxError
@@ -96,8 +97,11 @@ def soft_labels(batch, neighbours, n, share, items, decay):
     return np.asarray(out)
 
 
+@pytest.mark.parametrize("cpu", [True, False])  # the forms of CPUs and of accelerators
 @pytest.mark.parametrize(("items", "decay"), [(1, 0.5), (3, 0.7)])
-def test_loss_and_gradients_are_those_of_soft_labels(items, decay):
+def test_loss_and_gradients_are_those_of_soft_labels(items, decay, cpu, monkeypatch):
+    for module in (info_nce, forward_gradients):
+        monkeypatch.setattr(module, "on_cpu", lambda: cpu)
     batch, user, catalogue, neighbours = world()
     spec = info_nce.InfoNCESpec(
         **SPEC, label_smoothing=0.0, neighbour_share=0.4, neighbours=3, neighbour_items=items, neighbour_decay=decay

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from rec_jax.losses.tiles import Side, any_equal, finite, left_out_pairs, similarities
+from rec_jax.mesh import on_cpu
 
 # Elements of a block of logits, by platform. CPU: 16 MB of float32, about the best of tests/bench/info_nce.py --blocks on 2 cores. The
 # others as a tile of the fold: smaller blocks read and write the gradient of the candidates more often, and with the CPU's a GPU took
@@ -105,7 +106,7 @@ def _weighted_forward(
     )
     vectors = item.vectors
     # A CPU adds up the candidates' gradient as [D, N]: then the narrow side is what it has to transpose for the product.
-    turned = jax.default_backend() == "cpu"
+    turned = on_cpu()
 
     def step(carry: Any, part: Any) -> Any:
         total, d_item, d_bias = carry

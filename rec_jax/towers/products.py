@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from rec_jax.mesh import on_cpu
+
 
 def dot_general(x: Any, kernel: Any, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None) -> Any:
     """`jax.lax.dot_general` of inputs [..., in] and a kernel [in, out], what flax's linear layers take as `dot_general`.
@@ -28,7 +30,7 @@ def dot_general(x: Any, kernel: Any, dimension_numbers: Any, precision: Any = No
     last = tuple(range(x.ndim - count, x.ndim))
     ours = tuple(of_x) == last and tuple(of_kernel) == tuple(range(count)) and not any(batch)
     # Other products, and other devices, whose compilers choose layouts themselves, take automatic differentiation's form.
-    if jax.default_backend() != "cpu" or not ours:
+    if not (on_cpu() and ours):
         return jax.lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
     return _linear(count, precision, preferred_element_type, x, kernel)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rec_jax.losses import Candidates, weighted_info_nce
 from rec_jax.losses.contrastive import FORMS
 from rec_jax.losses.matryoshka import cut
+from rec_jax.mesh import on_cpu
 from rec_jax.train.objectives import base
 from rec_jax.types import Batch, Context, Outputs, RecJaxError
 
@@ -228,15 +229,19 @@ def _to_neighbours(problem: dict[str, Any], batch: Batch, context: Context, spec
     # Queries without a target hold anything at all.
     query = jnp.where(weights[:, None] > 0, problem["query"], 0)
 
-    def add(carried: tuple[jax.Array, jax.Array], column: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
-        (total, vectors), (near, share) = carried, column
+    def add(carried: tuple[jax.Array, jax.Array], columns: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (total, vectors), (near, share) = carried, columns
         if spec.mask_history:
-            share = jnp.where((near[:, None] == problem["left_out"]).any(1), 0, share)
-        return (total + share, vectors + share[:, None] * jnp.take(problem["item"], near, axis=0)), None
+            share = jnp.where((near[:, :, None] == problem["left_out"][:, None, :]).any(-1), 0, share)
+        found = jnp.take(problem["item"], near, axis=0)
+        return (total + share.sum(1), vectors + (share[:, :, None] * found).sum(1)), None
 
-    # One neighbour of all places after the other, so that no [Q, M, D] array exists.
-    columns = (jnp.concatenate(neighbours, axis=1).T, jnp.concatenate(parts, axis=1).T)
-    (total, vectors), _ = jax.lax.scan(add, (jnp.zeros(len(query)), jnp.zeros_like(query)), columns)
+    # A CPU adds up one neighbour of all places after the other, so that no [Q, M, D] array exists; others all at once.
+    count = sum(part.shape[1] for part in parts)
+    width = 1 if on_cpu() else count
+    split = lambda some: jnp.moveaxis(jnp.concatenate(some, axis=1).reshape(len(query), count // width, width), 1, 0)
+    start = jnp.zeros(len(query)), jnp.zeros_like(query)
+    (total, vectors), _ = jax.lax.scan(add, start, (split(neighbours), split(parts)))
     mean = vectors / jnp.maximum(total, 1e-6)[:, None]
     target = jnp.take(problem["item"], problem["target"], axis=0)
     return jnp.sum(jnp.where(total > 0, weights, 0) * jnp.sum(query * (target - mean), axis=1))
