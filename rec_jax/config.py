@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from rec_jax.config_features import check_features, check_stage
 from rec_jax.config_flags import override
 from rec_jax.config_histories import check_histories
+from rec_jax.config_optimizer import check_optimizer
 from rec_jax.config_places import check_places
 from rec_jax.defaults import defaults
 from rec_jax.types import RecJaxError
@@ -113,11 +114,7 @@ def check(config: ConfigDict) -> None:
     for key in POSITIVE:
         if not get(config, key) > 0:
             raise RecJaxError(f"config.{key}={get(config, key)!r}: must be above 0")
-    if config.optimizer.rows != "dense" and config.optimizer.accumulate > 1:
-        raise RecJaxError(
-            f"config.optimizer.rows={config.optimizer.rows!r} updates each step's own rows: set config.optimizer.accumulate=1, and larger "
-            "batches in place of it, or config.optimizer.rows='dense'"
-        )
+    check_optimizer(config)
     for name in fused(config):
         if name not in BASELINES:
             raise RecJaxError(f"config.eval.fuse={config.eval.fuse!r}: expected names of {', '.join(BASELINES)}, with '+' between, or ''")

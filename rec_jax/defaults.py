@@ -343,8 +343,7 @@ def defaults() -> ConfigDict:
     c.optimizer.rows = "dense"
     c.optimizer.warmup = "5 percent"  # duration
     c.optimizer.final = 0.0  # last learning rate as a share of the peak
-    c.optimizer.beta1 = 0.9
-    c.optimizer.beta2 = 0.98
+    c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.98
     c.optimizer.weight_decay = 0.01
     c.optimizer.no_decay = (".*bias", ".*norm.*", "scalars/.*", ".*position.*")  # regexes of parameters without decay
     c.optimizer.freeze = ()  # regexes of parameters that do not move
@@ -352,6 +351,7 @@ def defaults() -> ConfigDict:
     c.optimizer.layer_decay = 1.0  # learning rate of an encoder's layer = that of the one above times this; embeddings come below the first
     c.optimizer.clip = 1.0  # global gradient norm; 0 = off
     c.optimizer.accumulate = 1  # micro-steps per update
+    c.optimizer.average = 0.0  # share of the run that a running mean of the weights goes over, which is validated and kept; 0 = none
 
     c.train = ConfigDict()
     # "N steps" | "N epochs" | "N examples" | "auto": epochs of histories by how often one predicts an item (rec_jax.train.adapt)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Room (the first name below rec_jax) -> the other rooms that it may import. Every room is listed; a `__main__.py` may import any.
-BASE = {"types", "config", "config_features", "config_flags", "config_histories", "config_places", "mesh", "processes"}
+BASE = {"types", "config", "config_features", "config_flags", "config_histories", "config_optimizer", "config_places", "mesh", "processes"}
 ROOMS = {
     "__init__": set(),
     "types": set(),
@@ -23,8 +23,9 @@ ROOMS = {
     "config_features": {"types", "defaults"},
     "config_flags": {"types"},
     "config_places": {"types"},
+    "config_optimizer": {"types"},
     "config_histories": {"types", "config_places"},
-    "config": {"types", "defaults", "config_features", "config_flags", "config_histories", "config_places"},
+    "config": {"types", "defaults", "config_features", "config_flags", "config_histories", "config_optimizer", "config_places"},
     "processes": {"types"},
     "mesh": {"types", "config", "processes"},
     "checkpoint": {"types", "config", "mesh"},

@@ -17,7 +17,7 @@ __all__ = ["best_params", "mark_of", "read_config"]
 
 
 def best_params(folder: epath.PathLike) -> tuple[Params, int]:
-    """Parameters of the best checkpoint of a stage folder, on the host, and its step.
+    """Parameters of the best checkpoint of a stage folder, on the host, and its step; their running mean where the state has one.
 
     Raises:
       RecJaxError: no checkpoint there.
@@ -31,14 +31,16 @@ def best_params(folder: epath.PathLike) -> tuple[Params, int]:
         best = latest if best is None else best
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like: dict[str, Any] = {}
-        for name, (shape, dtype) in checkpoints.arrays(best).items():
-            if name.startswith("params/"):
+        arrays = checkpoints.arrays(best)
+        part = "average" if any(name.startswith("average/") for name in arrays) else "params"
+        for name, (shape, dtype) in arrays.items():
+            if name.startswith(f"{part}/"):
                 node = like
                 *parents, last = name.split("/")
                 for parent in parents:
                     node = node.setdefault(parent, {})
                 node[last] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return jax.device_get(checkpoints.restore(best, like, part=True)["params"]), best
+        return jax.device_get(checkpoints.restore(best, like, part=True)[part]), best
     finally:
         checkpoints.close()
 

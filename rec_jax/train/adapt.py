@@ -25,7 +25,7 @@ SPARSE_EPOCHS, MOST = 7.0, 30.0
 LEAST_STEPS = 380.0
 CHOSEN = (
     "train.duration", "optimizer.learning_rate", "towers.user.dropout", "batch.drop_events", "objectives.info_nce.neighbour_share",
-    "objectives.info_nce.label_smoothing",
+    "objectives.info_nce.label_smoothing", "optimizer.average",
 )  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[
     """A stage's config with `train.duration="auto"` as epochs and, with `train.adapt`, the strengths and the rate that this data wants.
 
     Strengths are neighbour_share and label_smoothing of objectives.info_nce, batch.drop_events and, by its square root, the dropout of a
-    history tower; the rate is optimizer.learning_rate. A config that leaves nothing to the data comes back as it is.
+    history tower; the rate is optimizer.learning_rate. optimizer.average goes the other way: the more the strengths fall, the longer the
+    mean of the weights, and where they stay there is none. A config that leaves nothing to the data comes back as it is.
 
     Args:
       config: of one stage.
@@ -100,6 +101,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[
                 out.objectives.info_nce[key] = round(config.objectives.info_nce[key] * strength(times), 4)
             out.batch.drop_events = round(config.batch.drop_events * strength(times), 4)
             out.towers.user.dropout = round(config.towers.user.dropout * strength(times) ** 0.5, 4)
+            out.optimizer.average = round(config.optimizer.average * (1 - strength(times)), 4)
             out.optimizer.learning_rate = float(f"{config.optimizer.learning_rate * haste(times):.3g}")
     chosen = [f"{key}={get(out, key)!r}" for key in CHOSEN if get(out, key) != get(config, key)]
     if say is not None and chosen:

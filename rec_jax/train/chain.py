@@ -57,6 +57,8 @@ def fingerprint(config: Any, *inputs: str) -> str:
         kept["towers"]["text"].pop("refresh")
     if not config.towers.item.id_shrinkage:
         kept["towers"]["item"].pop("id_shrinkage")
+    if not config.optimizer.average:
+        kept["optimizer"].pop("average")
     if not config.objectives.info_nce.mask_history:
         kept["objectives"]["info_nce"].pop("mask_history")
     for name, off in OFF.items():

@@ -104,16 +104,16 @@ class Task:
 
 def create_state(task: Task, params: Any, optimizer: Any) -> state_lib.TrainState:
     """Step 0 of a task, traceable."""
-    plateau = task.optimizer.schedule == "plateau"
-    return state_lib.create(params, optimizer, seed=task.loop.seed, plateau=plateau, momentum=task.spec.momentum > 0, queue=task.spec.queue)
+    parts = {"plateau": task.optimizer.schedule == "plateau", "average": task.optimizer.average > 0, "momentum": task.spec.momentum > 0}
+    return state_lib.create(params, optimizer, seed=task.loop.seed, queue=task.spec.queue, **parts)
 
 
 def state_shardings(task: Task, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Shapes of the state and their shardings.
 
-    Parameters go by the rules. Whatever repeats a parameter, by the end of its name and by its shape (moments, accumulated gradients,
-    momentum parameters), lies as the parameter does, and what has a number a row of it as its rows; the queue lies over the batch axes;
-    the rest is whole on every device.
+    Parameters go by the rules. Whatever repeats a parameter, by the end of its name and by its shape (moments, accumulated gradients, the
+    running mean, momentum parameters), lies as the parameter does, and what has a number a row of it as its rows; the queue lies over the
+    batch axes; the rest is whole on every device.
 
     Raises:
       RecJaxError: a parameter that no rule matches, or one that a rule does not divide.
@@ -178,7 +178,8 @@ def train(task: Task, mesh: jax.sharding.Mesh) -> Progress:
             # A donated buffer must belong to the state alone, so the initial parameters are copied, not aliased.
             create = jax.jit(lambda p: create_state(task, jax.tree.map(jnp.copy, p), tx), out_shardings=shardings)
             state = create(params)
-        run = _Run(task, mesh, checkpoints, iterator, make_train_step(task.spec, tx, mesh, shardings), state, progress, start)
+        step_fn = make_train_step(task.spec, tx, mesh, shardings, horizon=task.optimizer.horizon)
+        run = _Run(task, mesh, checkpoints, iterator, step_fn, state, progress, start)
         return run.to_the_end()
     finally:
         checkpoints.close()
@@ -350,7 +351,8 @@ class _Run:
         self._collect()
         began, loop, progress = time.perf_counter(), self.task.loop, self.progress
         processes.at(f"step {step}, validation")
-        measured = self.task.evaluate(mesh_lib.on_one_device(self.state.params), step=step)
+        params = self.state.params if self.state.average is None else self.state.average
+        measured = self.task.evaluate(mesh_lib.on_one_device(params), step=step)
         metrics = processes.gather(measured)[0]  # all decide by the same figures, to the last bit
         if loop.monitor not in metrics:
             raise RecJaxError(f"config.train.monitor={loop.monitor!r} is not measured; there are {', '.join(sorted(metrics))}")

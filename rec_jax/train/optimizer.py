@@ -34,6 +34,12 @@ class OptimizerSpec:
     accumulate: int
     cooldown: float = 0.3
     rows: str = "dense"
+    average: float = 0.0
+
+    @property
+    def horizon(self) -> int:
+        """Steps that the running mean of weights goes over; 0 where there is none. At least one where there is."""
+        return max(1, round(self.average * self.total)) if self.average else 0
 
 
 def schedule(spec: OptimizerSpec) -> optax.Schedule:

@@ -284,6 +284,7 @@ def make_task(
         cooldown=opt.cooldown,
         accumulate=opt.accumulate,
         rows=opt.rows,
+        average=opt.average,
     )
     loop_spec = loop.LoopSpec(
         total=total,

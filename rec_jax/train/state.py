@@ -26,7 +26,7 @@ class QueueSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything a step reads and writes; `momentum` and `queue` are None where no objective wants them.
+    """Everything a step reads and writes; `average`, `momentum` and `queue` are None where config or objectives do not want them.
 
     Attributes:
       step: [] int32, updates done.
@@ -34,7 +34,8 @@ class TrainState:
       opt_state: of the optimizer.
       rng: [2] uint32, data of the root key; every random stream is folded from it, so it never changes.
       cooldown: [2] int32, steps between which the learning rate goes down to 0, -1 before that is known; with schedule "plateau".
-      momentum: running mean of the towers' params (no scalars).
+      average: running mean of params (`mean_of`), which is validated and kept in their place; with `config.optimizer.average`.
+      momentum: the momentum encoder, moved by each step towards the towers' params (no scalars).
       queue: {"vectors" [G, slots, Q, D], "ids" [G, slots, Q]}: target items of the last batches, id -1 = empty. G comes first, so that it
         lies on the devices as the batch does, and [G * slots * Q, D] is the same memory.
     """
@@ -44,6 +45,7 @@ class TrainState:
     opt_state: Any
     rng: Any
     cooldown: Any = None
+    average: Any = None
     momentum: Any = None
     queue: Any = None
 
@@ -54,6 +56,7 @@ def create(
     *,
     seed: int,
     plateau: bool = False,
+    average: bool = False,
     momentum: bool = False,
     queue: QueueSpec | None = None,
 ) -> TrainState:
@@ -62,6 +65,8 @@ def create(
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng)
     if plateau:
         state.cooldown = jnp.full(2, -1, jnp.int32)
+    if average:
+        state.average = jax.tree.map(jnp.copy, params)
     if momentum:
         state.momentum = jax.tree.map(jnp.copy, tower_params(params))
     if queue is not None:
@@ -83,6 +88,18 @@ def cooled(step: Any, cooldown: Any) -> Any:
     begin, end = cooldown[0], cooldown[1]
     left = (end - step) / jnp.maximum(end - begin, 1)
     return jnp.where(begin < 0, 1.0, jnp.clip(left, 0.0, 1.0))
+
+
+def mean_of(average: Any, params: Any, step: Any, horizon: int) -> Any:
+    """The running mean of weights after step `step` + 1 [], which made `params`: of all up to `horizon` steps, then a decaying one.
+
+    Its share of the newest weights is 1 / min(step + 1, horizon), so that the start counts for nothing after the first.
+
+    Reference: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992); Izmailov et al., "Averaging Weights Leads
+    to Wider Optima and Better Generalization" (2018), section 3.
+    """
+    share = 1.0 / jnp.minimum(step + 1, horizon)
+    return jax.tree.map(lambda old, new: old + (share * (new - old)).astype(old.dtype), average, params)
 
 
 def follow(momentum: Any, params: Any, decay: float) -> Any:

@@ -18,7 +18,7 @@ from rec_jax.train import forwards
 from rec_jax.train import rows as rows_lib
 from rec_jax.train.forwards import Constants, StepSpec
 from rec_jax.train.objectives import Objective, check, ramp_up, target_ids, targets
-from rec_jax.train.state import RNG, QueueSpec, TrainState, cooled, follow, push
+from rec_jax.train.state import RNG, QueueSpec, TrainState, cooled, follow, mean_of, push
 from rec_jax.types import Array, Batch, Context, Outputs, RecJaxError
 
 
@@ -130,11 +130,12 @@ def _loss(
 
 
 def make_train_step(
-    spec: StepSpec, optimizer: optax.GradientTransformation, mesh: Mesh, state_shardings: TrainState
+    spec: StepSpec, optimizer: optax.GradientTransformation, mesh: Mesh, state_shardings: TrainState, *, horizon: int = 0
 ) -> Callable[[TrainState, Batch, Constants], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, batch, constants) -> (state, metrics); the state is donated, nothing comes to the host.
 
-    Metrics beside the losses: `grad_norm`, and the batch's `examples`, `targets` (queries with weight) and real `tokens`.
+    With a `horizon`, of so many steps, the state has a running mean of its parameters. Metrics beside the losses: `grad_norm`, and the
+    batch's `examples`, `targets` (queries with weight) and real `tokens`.
     """
 
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -162,6 +163,8 @@ def make_train_step(
             "tokens": jnp.asarray(tokens),
         }
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng, cooldown=state.cooldown)
+        if horizon:
+            new.average = mean_of(state.average, params, state.step, horizon)
         if spec.momentum:
             new.momentum = follow(state.momentum, params, spec.momentum)
         if spec.queue is not None:
