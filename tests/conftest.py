@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import compiled
 import pytest
 
 DEVICES = "--xla_force_host_platform_device_count"
@@ -27,14 +28,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One cache for the session: pytest-xdist's workers and commands inherit it, and share what is prepared and compiled in it."""
+    """One cache for the session: pytest-xdist's workers and commands inherit it, and share what is prepared and compiled in it.
+
+    What is compiled stays for the sessions after it (tests/compiled.py).
+    """
     global _cache
     if not hasattr(config, "workerinput"):
         _cache = os.environ["REC_JAX_CACHE"] = tempfile.mkdtemp(prefix="rec_jax_test_cache_")
-        # A third of the tests' time was compiling what another test had compiled. A folder that is set already stays.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(_cache) / "compiled"))
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a folder that is set already stays
+            compiled.bring(compiled.place(), Path(_cache) / "compiled")
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_cache) / "compiled")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # else a program's name depends on its folder's
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    here = Path(_cache) / "compiled"
+    if _cache and here.exists() and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # not one that was interrupted
+        compiled.keep(here, compiled.place())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
