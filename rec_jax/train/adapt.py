@@ -40,8 +40,8 @@ def epochs(times: float, steps: float = math.inf) -> float:
 
 
 def strength(times: float) -> float:
-    """Which share of the config's strengths is used: all up to 30 times, a fifth at 290."""
-    return max(1.0, times / SPARSE) ** -0.724
+    """Which share of the config's strengths is used: all up to 30 times, .3 at 290."""
+    return max(1.0, times / SPARSE) ** -0.538
 
 
 def haste(times: float) -> float:
