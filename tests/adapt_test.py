@@ -32,10 +32,10 @@ def test_times_predicted_counts_all_but_first_events():
 def test_epochs_and_strengths_by_how_often_an_item_is_predicted():
     for times in (0, 0.1, 10.86, 30):
         assert (adapt.epochs(times), adapt.strength(times), adapt.haste(times)) == (7, 1, 1)
-    assert adapt.epochs(290) == pytest.approx(18.75, rel=1e-2)
+    assert adapt.epochs(290) == pytest.approx(15.84, rel=1e-2)
     assert adapt.epochs(1e6) == 30
     assert adapt.epochs(10.86, 20) == 19
-    assert adapt.epochs(290, 40) == pytest.approx(18.75, rel=1e-2)
+    assert adapt.epochs(290, 40) == pytest.approx(15.84, rel=1e-2)
     assert adapt.epochs(10.86, 1) == 30
     assert adapt.strength(290) == pytest.approx(0.2951, rel=1e-2)
     assert adapt.haste(290) == pytest.approx(2.27, rel=1e-2)
@@ -51,7 +51,7 @@ def test_adapted_fills_in_what_is_left_to_the_data_alone(tmp_path):
     )
     said = []
     found = adapt.adapted(given, lengths, items, said.append)
-    assert said[0].startswith("  an epoch predicts an item 290.0 times on average: train.duration='18.")
+    assert said[0].startswith("  an epoch predicts an item 290.0 times on average: train.duration='15.")
     assert "batch.drop_events=0.059" in said[0]
     assert adapt.adapted(as_it_is, lengths, items, said.append) is as_it_is
     assert len(said) == 1

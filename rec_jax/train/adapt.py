@@ -35,8 +35,8 @@ def times_predicted(train_lengths: np.ndarray, n_items: int) -> float:
 
 
 def epochs(times: float, steps: float = math.inf) -> float:
-    """How many epochs of so many steps are trained: 7 up to 30 times, 19 at 290; on little data as make LEAST_STEPS; at most 30."""
-    return min(MOST, max(SPARSE_EPOCHS * max(1.0, times / SPARSE) ** 0.434, LEAST_STEPS / steps))
+    """How many epochs of so many steps are trained: 7 up to 30 times, 16 at 290; on little data as make LEAST_STEPS; at most 30."""
+    return min(MOST, max(SPARSE_EPOCHS * max(1.0, times / SPARSE) ** 0.36, LEAST_STEPS / steps))
 
 
 def strength(times: float) -> float:
