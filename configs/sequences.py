@@ -8,7 +8,7 @@ vectors of their own. How long it trains, and how strong the means against learn
 predicts an item (rec_jax/train/adapt.py).
 
 Test NDCG@10, HR@10 with the history's items removed, and with neighbours' scores beside the model's (README.md, "Results on other data"):
-Amazon Beauty (22,363 users, 12,101 items) .075, .125; .077, .127. MovieLens-1M (6,040 users, 3,416 items) .213, .357; .218, .361.
+Amazon Beauty (22,363 users, 12,101 items) .075, .125; .077, .127. MovieLens-1M (6,040 users, 3,416 items) .215, .357; .215, .357.
 Amazon Games 2018 (50,546 users, 16,859 items) .080, .138; .085, .144.
 
 Items of the history are no candidates in training, as in the ranking: where items come again, and `data.on_bad.duplicate_event="keep"`,
