@@ -351,7 +351,7 @@ def defaults() -> ConfigDict:
     c.optimizer.layer_decay = 1.0  # learning rate of an encoder's layer = that of the one above times this; embeddings come below the first
     c.optimizer.clip = 1.0  # global gradient norm; 0 = off
     c.optimizer.accumulate = 1  # micro-steps per update
-    c.optimizer.average = 0.0  # share of the run that a running mean of the weights goes over, which is validated and kept; 0 = none
+    c.optimizer.average = 0.0  # share of train.duration that a running mean of the weights goes over, validated and kept; 0 = none
 
     c.train = ConfigDict()
     # "N steps" | "N epochs" | "N examples" | "auto": epochs of histories by how often one predicts an item (rec_jax.train.adapt)

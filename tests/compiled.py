@@ -32,16 +32,22 @@ def bring(kept: Path, here: Path) -> None:
     for file in kept.glob(f"*{ENDING}"):
         try:
             os.link(file, here / file.name)
+        except FileNotFoundError:
+            continue  # another session has begun anew
         except OSError:  # another file system
             shutil.copyfile(file, here / file.name)
 
 
 def keep(here: Path, kept: Path, *, most: int = MOST) -> None:
-    """Gives a session's programs to what is kept, each whole or not at all."""
+    """Gives a session's programs to what is kept, each whole or not at all.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
     kept.mkdir(parents=True, exist_ok=True)
     if sum(file.stat().st_size for file in kept.iterdir()) > most:
         shutil.rmtree(kept)
-        kept.mkdir()
+        kept.mkdir(exist_ok=True)
     for file in here.glob(f"*{ENDING}"):
         if not (kept / file.name).exists():
             temporary = kept / f"{file.name}.{os.getpid()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     here = Path(_cache) / "compiled"
     if _cache and here.exists() and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # not one that was interrupted
-        compiled.keep(here, compiled.place())
+        try:
+            compiled.keep(here, compiled.place())
+        except OSError as e:
+            print(f"\nwhat was compiled is not kept for the next session: {e}", file=sys.stderr)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

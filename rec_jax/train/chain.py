@@ -20,6 +20,11 @@ FREE_KEYS = (
     "mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items", "eval.fuse",
     "eval.ease_regularisation", "eval.ease_popularity_power",
 )  # fmt: skip
+# Keys at values at which a stage is what it was before there were these keys.
+OFF_KEYS = {
+    "towers.text.refresh": "", "towers.item.id_shrinkage": 0.0, "objectives.info_nce.mask_history": False, "optimizer.average": 0.0,
+    **{f"towers.user.{name}": off for name, off in OFF.items()},
+}  # fmt: skip
 FILE = "stage.json"
 
 
@@ -41,29 +46,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def fingerprint(config: Any, *inputs: str) -> str:
     """A stage's config and what says what it starts from (data, the stage before, ...) -> a text that only the same ones have."""
     kept = json.loads(config_lib.to_json(config))
-    for key in FREE_KEYS:
-        *groups, name = key.split(".")
-        node = kept
-        for group in groups:
-            node = node[group]
-        node.pop(name)
-    if not kept["start"]["path"]:
-        kept.pop("start")  # what was trained before there was this key stays what it is
-    absent = (() if has_features(config) else FEATURE_KEYS) + (() if has_user_features(config) else USER_KEYS)
-    for key in absent:
-        *groups, name = key.split(".")
-        config_lib.get(kept, ".".join(groups)).pop(name)
-    if not config.towers.text.refresh:
-        kept["towers"]["text"].pop("refresh")
-    if not config.towers.item.id_shrinkage:
-        kept["towers"]["item"].pop("id_shrinkage")
-    if not config.optimizer.average:
-        kept["optimizer"].pop("average")
-    if not config.objectives.info_nce.mask_history:
-        kept["objectives"]["info_nce"].pop("mask_history")
-    for name, off in OFF.items():
-        if config.towers.user[name] == off:
-            kept["towers"]["user"].pop(name)
+    # What was trained before there was a key stays what it is: a key that is off does not count.
+    absent: tuple[str, ...] = () if config.start.path else ("start",)
+    absent += (() if has_features(config) else FEATURE_KEYS) + (() if has_user_features(config) else USER_KEYS)
+    for key in (*FREE_KEYS, *absent, *(key for key, off in OFF_KEYS.items() if config_lib.get(config, key) == off)):
+        group, _, name = key.rpartition(".")
+        (config_lib.get(kept, group) if group else kept).pop(name)
     return hashlib.sha256(json.dumps([kept, *inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
