@@ -120,5 +120,9 @@ def test_bad_values_are_named(changes, message):
 def test_dense_data_has_a_longer_mean():
     lengths, items = {10: np.full(100, 1 + 1_000), 290: np.full(100, 1 + 29_000)}, 10_000
     given = tiny.config(**{"optimizer.average": 0.2, "train.adapt": True})
-    found = {times: adapt.adapted(given, n, items).optimizer.average for times, n in lengths.items()}
+    said: list[str] = []
+    found = {times: adapt.adapted(given, n, items, said.append).optimizer.average for times, n in lengths.items()}
     assert found == {10: 0.0, 290: pytest.approx(0.2 * (1 - 0.2951), abs=1e-3)}
+    assert len(said) == 1, "where nothing is chosen, nothing is said"
+    assert "290.0 times" in said[0]
+    assert "optimizer.average=0.141" in said[0]

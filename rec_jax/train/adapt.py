@@ -85,7 +85,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[
       config: of one stage.
       train_lengths: train events of each user [U].
       n_items: N.
-      say: told what is chosen, where that differs from the config.
+      say: told what is chosen, where that differs from the config and is not that there is none.
     """
     lasts, adapt = config.train.duration == AUTO, config.train.adapt and config.batch.kind == "histories"
     if not (lasts or adapt):
@@ -103,7 +103,7 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[
             out.towers.user.dropout = round(config.towers.user.dropout * strength(times) ** 0.5, 4)
             out.optimizer.average = round(config.optimizer.average * (1 - strength(times)), 4)
             out.optimizer.learning_rate = float(f"{config.optimizer.learning_rate * haste(times):.3g}")
-    chosen = [f"{key}={get(out, key)!r}" for key in CHOSEN if get(out, key) != get(config, key)]
+    chosen = [f"{key}={get(out, key)!r}" for key in CHOSEN if get(out, key) not in (get(config, key), 0.0)]
     if say is not None and chosen:
         say(f"  an epoch predicts an item {times:.1f} times on average: {', '.join(chosen)}")
     return out
