@@ -74,6 +74,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, source):
     assert best_params(tmp_path / "parts")[1] == 8
 
 
+@pytest.mark.parametrize(("total", "steps"), [(42, [20, 40, 42]), (41, [20, 41]), (40, [20, 40]), (5, [5])])
+def test_the_end_is_not_evaluated_twice(tmp_path, total, steps):
+    """A tenth of 14,531 steps is 1,453: the last two evaluations would be one step apart. Here 40 and 41 are, but not 40 and 42."""
+    run(tmp_path, Valid([0.1] * 5), **{"train.duration": f"{total} steps", "train.eval_every": "20 steps"})
+    assert [row["step"] for row in lines(tmp_path) if "valid/ndcg@10" in row] == steps
+
+
 def test_text_vectors_are_refreshed_and_a_killed_run_has_the_same(tmp_path):
     """Made anew at 5, 10, 15 and 20 steps; the checkpoint that the run goes on from is of 8, so that it reads those of 5 from disk."""
     changes = {"towers.text.source": "tokens", "objectives.info_nce.candidates": "catalogue", "towers.text.refresh": "5 steps"}

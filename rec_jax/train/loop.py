@@ -257,7 +257,7 @@ class _Run:
                         self._report(step)
                     if self.plateau and step == self._latest():
                         self._cool_down(step)  # before anything is saved of this step: a resume must know it
-                    if step % loop.eval_every == 0 or self._at_end(step):
+                    if self._evaluates(step):
                         self._evaluate(step)
                     if step % loop.checkpoint_every == 0 or self._finished(step):
                         self._save(step)
@@ -308,6 +308,11 @@ class _Run:
 
     def _at_end(self, step: int) -> bool:
         return step >= self.progress.end(self.task.loop.total)
+
+    def _evaluates(self, step: int) -> bool:
+        """Every eval_every steps and at the end; just before the end (a twentieth of that interval or less) no more."""
+        every, left = self.task.loop.eval_every, self.progress.end(self.task.loop.total) - step
+        return left <= 0 or (step % every == 0 and left > every // 20)
 
     def _latest(self) -> int:
         """The last step at which a cooldown can begin and still end within the duration."""
