@@ -347,6 +347,7 @@ def defaults() -> ConfigDict:
     c.optimizer.weight_decay = 0.01
     c.optimizer.no_decay = (".*bias", ".*norm.*", "scalars/.*", ".*position.*")  # regexes of parameters without decay
     c.optimizer.freeze = ()  # regexes of parameters that do not move
+    c.optimizer.muon = ()  # regexes of kernels that Muon moves, not Adam, e.g. (r"user/.*", r"text/.*"): faster, most of all on much data
     c.optimizer.scale = ()  # (regex, factor) pairs: learning rate of matching parameters, e.g. ((r"text/.*", 0.05),)
     c.optimizer.layer_decay = 1.0  # learning rate of an encoder's layer = that of the one above times this; embeddings come below the first
     c.optimizer.clip = 1.0  # global gradient norm; 0 = off
@@ -370,8 +371,7 @@ def defaults() -> ConfigDict:
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices along each axis; -1 = all that are left
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
+    c.mesh.fsdp, c.mesh.tensor = 1, 1
     c.mesh.layout = "replicated"  # replicated | sharded (kernels and embedding tables over fsdp and tensor) | none: the rules below alone
     # (regex, PartitionSpec as a tuple), tried before the layout's (rec_jax.mesh.LAYOUTS); the first match wins, an unmatched parameter is
     # an error. A rule may go on with further specs, for arrays that the first does not divide

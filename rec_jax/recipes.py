@@ -39,6 +39,7 @@ def sequences(c: ConfigDict) -> None:
     c.objectives.info_nce.label_smoothing = 0.2
     c.objectives.info_nce.mask_history = True
     c.optimizer.learning_rate, c.optimizer.beta2, c.optimizer.average = 1.2e-3, 0.999, 0.15
+    c.optimizer.muon = ("user/.*",)
     c.train.duration, c.train.adapt = "auto", True
     c.train.log_every = "100 steps"
     c.train.patience = 4
@@ -114,7 +115,7 @@ def sasrec(c: ConfigDict, *, loss: str) -> None:
     c.objectives.bce.scale, c.objectives.bce.learn_scale = 1.0, False
     c.objectives.info_nce.temperature, c.objectives.info_nce.learn_temperature = 1.0, False
     c.objectives.bce.weight, c.objectives.info_nce.weight = {"bce": (1.0, 0.0), "ce": (0.0, 1.0)}[loss]
-    c.optimizer.learning_rate, c.optimizer.beta2, c.optimizer.average = 1e-3, 0.98, 0.0
+    c.optimizer.learning_rate, c.optimizer.beta2, c.optimizer.average, c.optimizer.muon = 1e-3, 0.98, 0.0, ()
     c.optimizer.schedule, c.optimizer.warmup = "constant", "0 steps"
     c.optimizer.weight_decay, c.optimizer.clip = 0.0, 0.0
     # The paper stops after 20 epochs without improvement.
@@ -154,7 +155,7 @@ def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> Non
             "batch": {"kind": "texts", "shards": 4, "text_rows": 4, "max_items": 32},
             "towers": {"text": {"source": "tokens", "dropout": 0.1}},
             "objectives": {"info_nce": {"weight": 0.0}, "simcse": {"weight": 1.0}, "mlm": {"weight": 0.1}},
-            "optimizer": {"learning_rate": 2e-5, "warmup": "10 percent", "freeze": ("text/embeddings/.*",), "average": 0.0},
+            "optimizer": {"learning_rate": 2e-5, "warmup": "10 percent", "freeze": ("text/embeddings/.*",), "average": 0.0, "muon": ()},
             "train": {
                 "duration": pretrain,
                 "log_every": "10 steps",

@@ -34,24 +34,9 @@ from rec_jax.serve.recommend import Recommender, as_text
 from rec_jax.towers import save_hf, two_tower
 from rec_jax.towers.student import shrink
 from rec_jax.train import carry, chain, held_out, loop, objectives, plan, stages
-from rec_jax.train.adapt import adapted, without_texts
-from rec_jax.train.log import duration
+from rec_jax.train.adapt import adapted, as_wide_as, widened, without_texts
+from rec_jax.train.log import Clock
 from rec_jax.types import Params, Ragged, RecJaxError
-
-
-class _Clock:
-    """Says how long each part took, from the start of the run."""
-
-    def __init__(self, active: bool):
-        self._began, self._active = time.perf_counter(), active
-
-    def say(self, message: str) -> None:
-        if self._active:
-            print(message, flush=True)
-
-    def part(self, title: str, expected: float | None = None) -> None:
-        about = f" (about {duration(expected)})" if expected and expected >= 1 else ""
-        self.say(f"[{duration(time.perf_counter() - self._began):>12}] {title}{about}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = config_flags.parse_args(parser, argv)
     config, workdir = config_lib.load(args.config, overrides), epath.Path(args.workdir)
     mesh_lib.rules_of(config.mesh.layout, config.mesh.rules)  # bad ones are said before anything else is done
+    config = as_wide_as(config, start_lib.start_of(config).config) if config.start.path else config
     start_lib.check(config)
     fusion.check(config)
     chosen = None if args.stages is None else [name.strip() for name in args.stages.split(",") if name.strip()]
@@ -85,20 +71,22 @@ class _Run:
 
     def __init__(self, config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, on_disk: chain.Stages):
         self.workdir, self.mesh, self.on_disk = workdir, mesh, on_disk
-        self.clock = _Clock(jax.process_index() == 0)
+        self.clock = Clock(jax.process_index() == 0)
         self.model: model_lib.Model | None = None  # of the stage that is trained
         self.clock.part("data")
         self.prepared: Prepared = prepare(config)
         given, config = config, without_texts(config, self.prepared.texts(), self.prepared.item_ids())
         if config is not given:
             self.clock.say("  no item has a text: items are known by their IDs alone (config.towers.item.text=False)")
-        self.config = config
-        if not config.stages:
-            chain.check_config(config, workdir)
         counts = self.prepared
         self.clock.say(f"  {counts.n_users:,} users, {counts.n_items:,} items, {counts.meta['events']:,} events at {counts.folder}")
         self.tokens: Ragged = processes.first(lambda: vocabulary.catalogue_tokens(config, self.prepared))
         self.encoder = encoder_lib.load_encoder(config, self.prepared)
+        most = config.towers.text.width or self.encoder[1].width
+        config = widened(config, counts.train_lengths(), counts.n_items, text_width=most, say=self.clock.say)
+        self.config = config
+        if not config.stages:
+            chain.check_config(config, workdir)
         self.last: Params | None = None
         self.start: carry.Carried | None = None  # of the first stage
         self.start_mark = ""

@@ -25,6 +25,23 @@ def duration(seconds: float) -> str:
     return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
+class Clock:
+    """Says how long each part of a run took, from its start; silent in all processes but the first."""
+
+    def __init__(self, active: bool):
+        self._began, self._active = time.perf_counter(), active
+
+    def say(self, message: str) -> None:
+        """A line of its own."""
+        if self._active:
+            print(message, flush=True)
+
+    def part(self, title: str, expected: float | None = None) -> None:
+        """The title of a part that begins; `expected`: seconds that it may take."""
+        about = f" (about {duration(expected)})" if expected and expected >= 1 else ""
+        self.say(f"[{duration(time.perf_counter() - self._began):>12}] {title}{about}")
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events of one stage folder.
 

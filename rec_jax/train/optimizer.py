@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, ID tables by the row if asked for; decay, freezing and learning-rate factors by regex on names."""
+"""AdamW with warm-up and cosine; ID tables by the row, kernels by Muon if asked for; decay, freezing and factors by regex on names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import optax
 
 from rec_jax.mesh import path_name
-from rec_jax.train import rows
+from rec_jax.train import muon, rows
 from rec_jax.types import RecJaxError
 
 
@@ -35,6 +35,7 @@ class OptimizerSpec:
     cooldown: float = 0.3
     rows: str = "dense"
     average: float = 0.0
+    muon: tuple[str, ...] = ()
 
     @property
     def horizon(self) -> int:
@@ -58,7 +59,8 @@ def _matches(tree: Any, patterns: Sequence[str]) -> Any:
 
 
 def check_patterns(params: Any, spec: OptimizerSpec) -> None:
-    """Raises RecJaxError for a pattern of `freeze` or `scale` that matches no parameter: most likely a spelling mistake."""
+    """Raises RecJaxError for a pattern of `freeze`, `scale` or `muon` that matches no parameter: most likely a spelling mistake."""
+    muon.check(params, spec.muon)
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for key, patterns in (("freeze", spec.freeze), ("scale", [p for p, _ in spec.scale])):
         for pattern in patterns:
@@ -85,6 +87,7 @@ def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
 
     parts = [optax.clip_by_global_norm(spec.clip)] if spec.clip else []
     adam = optax.scale_by_adam(b1=spec.beta1, b2=spec.beta2)
+    adam = muon.beside(adam, spec.muon) if spec.muon else adam
     parts += [
         adam if spec.rows == "dense" else rows.by_kind(spec.rows, adam, b1=spec.beta1, b2=spec.beta2),
         optax.add_decayed_weights(spec.weight_decay, mask=lambda p: jax.tree.map(lambda no: not no, _matches(p, spec.no_decay))),

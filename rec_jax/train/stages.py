@@ -285,6 +285,7 @@ def make_task(
         accumulate=opt.accumulate,
         rows=opt.rows,
         average=opt.average,
+        muon=tuple(opt.muon),
     )
     loop_spec = loop.LoopSpec(
         total=total,
