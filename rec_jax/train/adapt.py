@@ -5,8 +5,8 @@ All go by how often an epoch predicts an item, on average, and the length by how
 target, their own vectors soon know whose histories they follow: few epochs, neighbours as targets, smoothed labels and left-out events
 help. Where each is a target often, a tower goes on learning, and the same means hold it back. There the mean of its weights over the newest
 part of the run is better than they are; Muon comes as far in two thirds of the steps (MovieLens-1M by time, validation NDCG@10 after 2,906
-of 14,531 steps .182, with Adam .172, and .187 after 4,359; on Amazon Beauty both end at .086, and a step costs more); and wider towers find
-more (.169 after 1,453 steps, where .162 was).
+of 14,531 steps .182, with Adam .172, and .187 after 4,359; on Amazon Beauty both end at .086); and wider towers find more
+(.169 after 1,453 steps, where .162 was).
 
 The laws are flat for sparse data (Beauty, 10.86 times, and Amazon Games, 17.9, want the same) and go through what was found on MovieLens-1M
 (265 and 290 times); that smoothed labels go by the same law as the others is taken over from these. On little data a run is as long as a
