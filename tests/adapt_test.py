@@ -121,8 +121,9 @@ def test_towers_stay_where_they_cannot_be_wider(changes, text_width):
 def test_a_run_that_goes_on_is_as_wide_as_the_one_before():
     given, wide = tiny.config(**WIDTH), tiny.config(**{**WIDTH, "towers.dim": 12})
     assert adapt.as_wide_as(given, wide).towers.dim == 12
-    fixed = tiny.config(**{**WIDTH, "train.adapt": False})
-    assert adapt.as_wide_as(fixed, wide) is fixed
+    for changes in ({"train.adapt": False}, {"towers.dim": 16}, {"towers.dim": 12}):  # such a width is another that is asked for
+        other = tiny.config(**{**WIDTH, **changes})
+        assert adapt.as_wide_as(other, wide) is other
 
 
 def test_muon_is_for_items_that_are_predicted_often():

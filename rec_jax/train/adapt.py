@@ -112,8 +112,9 @@ def widened(config: Any, train_lengths: np.ndarray, n_items: int, *, text_width:
 
 
 def as_wide_as(config: Any, start: Any) -> Any:
-    """A run's config with the width of the one that it goes on from, `start`, where both leave it to the data."""
-    return _of_width(config, start.towers.dim) if _plain(config) and _plain(start) else config
+    """A run's config as wide as the one that it goes on from, `start`, where both leave it to the data and that one was made wider."""
+    made_wider = start.towers.dim == int(WIDER * config.towers.dim)
+    return _of_width(config, start.towers.dim) if made_wider and _plain(config) and _plain(start) else config
 
 
 def _of_width(config: Any, dim: int) -> Any:
