@@ -34,11 +34,11 @@ def test_times_predicted_counts_all_but_first_events():
 def test_epochs_and_strengths_by_how_often_an_item_is_predicted():
     for times in (0, 0.1, 10.86, 30):
         assert (adapt.epochs(times), adapt.strength(times), adapt.haste(times)) == (7, 1, 1)
-    assert adapt.epochs(290) == pytest.approx(15.48, rel=1e-2)
-    assert adapt.epochs(290, wide=True) == pytest.approx(15.48 * 0.6, rel=1e-2)
+    assert adapt.epochs(290) == pytest.approx(15.84, rel=1e-2)
+    assert adapt.epochs(290, wide=True) == pytest.approx(15.84 * 0.587, rel=1e-2)
     assert adapt.epochs(1e6) == 30
     assert adapt.epochs(10.86, 20) == 19
-    assert adapt.epochs(290, 40) == pytest.approx(15.48, rel=1e-2)
+    assert adapt.epochs(290, 40) == pytest.approx(15.84, rel=1e-2)
     assert adapt.epochs(10.86, 1) == 30
     assert adapt.strength(290) == pytest.approx(0.2951, rel=1e-2)
     assert adapt.haste(290) == pytest.approx(2.27, rel=1e-2)
@@ -128,8 +128,9 @@ def test_a_run_that_goes_on_is_as_wide_as_the_one_before():
 
 def test_muon_is_for_items_that_are_predicted_often():
     given = tiny.config(**{"optimizer.muon": ("user/.*",), "train.adapt": True})
-    found = [adapt.adapted(given, lengths, ITEMS).optimizer.muon for lengths in (SPARSE, DENSE)]
-    assert found == [(), ("user/.*",)]
+    between = np.full(100, 1 + 5_800)
+    found = [adapt.adapted(given, lengths, ITEMS).optimizer.muon for lengths in (SPARSE, between, DENSE)]
+    assert found == [(), (), ("user/.*",)]
 
 
 def test_a_whole_run_keeps_its_width_and_goes_on_with_it(tmp_path, capsys):
