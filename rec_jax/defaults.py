@@ -343,11 +343,10 @@ def defaults() -> ConfigDict:
     c.optimizer.rows = "dense"
     c.optimizer.warmup = "5 percent"  # duration
     c.optimizer.final = 0.0  # last learning rate as a share of the peak
-    c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.98
-    c.optimizer.weight_decay = 0.01
+    c.optimizer.beta1, c.optimizer.beta2, c.optimizer.weight_decay = 0.9, 0.98, 0.01
     c.optimizer.no_decay = (".*bias", ".*norm.*", "scalars/.*", ".*position.*")  # regexes of parameters without decay
     c.optimizer.freeze = ()  # regexes of parameters that do not move
-    c.optimizer.muon = ()  # regexes of kernels that Muon moves, not Adam, e.g. (r"user/.*", r"text/.*"): faster, most of all on much data
+    c.optimizer.muon = ()  # regexes of kernels that Muon moves, not Adam, e.g. (r"user/.*", r"text/.*"); train.adapt: on dense data alone
     c.optimizer.scale = ()  # (regex, factor) pairs: learning rate of matching parameters, e.g. ((r"text/.*", 0.05),)
     c.optimizer.layer_decay = 1.0  # learning rate of an encoder's layer = that of the one above times this; embeddings come below the first
     c.optimizer.clip = 1.0  # global gradient norm; 0 = off
@@ -358,7 +357,8 @@ def defaults() -> ConfigDict:
     # "N steps" | "N epochs" | "N examples" | "auto": epochs of histories by how often one predicts an item (rec_jax.train.adapt)
     c.train.duration = "30 epochs"
     # True: batch.drop_events, neighbour_share and label_smoothing of objectives.info_nce, the history tower's dropout and the learning rate
-    # are what sparse data wants; where an epoch predicts an item more often the first are less, the rate is higher (rec_jax.train.adapt)
+    # are what sparse data wants; where items are predicted more often the first are less, the rate is higher, and from 100 times an epoch
+    # on optimizer.muon counts and towers.dim is half as much again (rec_jax.train.adapt)
     c.train.adapt = False
     c.train.log_every = "50 steps"
     c.train.eval_every = "10 percent"  # validation; the best checkpoint is kept

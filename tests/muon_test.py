@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     run(tmp_path / "parts", Valid(values[2:]), **changes)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert_same(best_params(tmp_path / "parts")[0], best_params(tmp_path / "whole")[0])
-    with pytest.raises(RecJaxError):
+    with pytest.raises(RecJaxError, match=r"opt_state/.* is .* but the config makes it"):
         run(tmp_path / "whole", Valid(values), **{**changes, "optimizer.muon": (), "train.duration": "10 steps"})
 
 

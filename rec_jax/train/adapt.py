@@ -45,7 +45,7 @@ def times_predicted(train_lengths: np.ndarray, n_items: int) -> float:
 def epochs(times: float, steps: float = math.inf, *, wide: bool = False) -> float:
     """How many epochs of so many steps are trained: 7 up to 30 times, 16 at 290; on little data as make LEAST_STEPS; at most 30.
 
-    Wider towers know as much after fewer, and a step of theirs costs more: a run of theirs is about as long in time.
+    Wider towers, and Muon alone, know as much after fewer, and a step of wider ones costs more: their run is about as long in time.
     """
     found = SPARSE_EPOCHS * max(1.0, times / SPARSE) ** 0.36 * (FEWER if wide else 1.0)
     return min(MOST, max(found, LEAST_STEPS / steps))
@@ -131,8 +131,8 @@ def adapted(config: Any, train_lengths: np.ndarray, n_items: int, say: Callable[
 
     Strengths are neighbour_share and label_smoothing of objectives.info_nce, batch.drop_events and, by its square root, the dropout of a
     history tower; the rate is optimizer.learning_rate. optimizer.average goes the other way: the more the strengths fall, the longer the
-    mean of the weights, and where they stay there is none, and no optimizer.muon. A config that leaves nothing to the data comes back as
-    it is.
+    mean of the weights, and where they stay there is none. Up to 100 times optimizer.muon is off. A config that
+    leaves nothing to the data comes back as it is.
 
     Args:
       config: of one stage.
