@@ -1,8 +1,10 @@
-"""Every key of a config, with its default and a comment."""
+"""Every key of a config, with its default and a comment; those of config.data are in rec_jax/defaults_data.py."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
+
+from rec_jax.defaults_data import data_defaults
 
 
 def defaults() -> ConfigDict:
@@ -10,64 +12,7 @@ def defaults() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # all random streams derive from it: data order, initial values, dropout
 
-    c.data = ConfigDict()
-    # movielens | sequences | recbole | amazon | mind | frappe | open_bandit | lastfm | steam | goodbooks | msweb | table
-    c.data.reader = "movielens"
-    c.data.path = ""  # file, folder or archive that the reader takes; "builtin:ml-latest-small" ships with the package
-    c.data.items = ""  # items file, for readers that take one beside the events (sequences: TSV with item_id and text columns)
-    # Reader "table": names in the file; "" = none. Of impressions also the columns that hold context, labels (empty = not observed) and the
-    # probability with which each was shown
-    c.data.columns = ConfigDict({"user": "user", "item": "item", "time": "", "rating": "", "context": (), "labels": (), "propensity": ""})
-    c.data.impressions = ConfigDict()  # labelled impressions, for task stages; events stay what they are
-    # "" = none | random, temporal: those of the input, the shares of data.split drawn by seed or cut by date | events: made of the events
-    c.data.impressions.split = ""
-    c.data.impressions.negatives = 2  # drawn per positive where the data has positives only: items not used by the user in that context
-    c.data.cache = ""  # where prepared data is kept; "" = $REC_JAX_CACHE or ~/.cache/rec_jax; may be gs://...
-    c.data.negatives = ""  # file of mined negatives that each example carries, made by `python -m rec_jax.eval.mine`; "" = none
-    c.data.on_bad = ConfigDict()  # what to do with bad input: "error" stops, "skip" drops it, counts it and reports it
-    c.data.on_bad.bad_row = "error"  # wrong number of fields, or a field that is no number
-    c.data.on_bad.bad_encoding = "error"  # bytes that are not of the file's encoding
-    c.data.on_bad.empty_text = "skip"  # an item without text: skip leaves it out with its events; "keep" names it by its id
-    c.data.on_bad.duplicate_item = "error"  # an item id twice; skip keeps the first
-    c.data.on_bad.duplicate_event = "skip"  # the same user and item again; skip keeps the first in time; "keep" keeps all
-    c.data.on_bad.unknown_item = "error"  # an event whose item is not in the items table
-    c.data.on_bad.short_user = "skip"  # a user with fewer events than filter.min_user_events: skip leaves the user out
-    c.data.on_bad.missing_feature = "skip"  # an item without a value of data.features, or without a given vector: skip counts it as none
-    c.data.on_bad.bad_feature = "error"  # a cell of a numeric feature that is no number: skip counts it as none
-    c.data.features = ConfigDict()  # what the item tower reads beside text and IDs: columns of the items table, and given vectors
-    c.data.features.categorical = ()  # columns with one value a cell
-    c.data.features.multi_hot = ()  # columns with several values a cell
-    c.data.features.separator = ","  # between the values of such a cell, spaces aside; readers join the values of a list by ", "
-    c.data.features.numeric = ()  # columns with a number a cell
-    # Files of vectors by item id (of images, audio, ...), PATH or NAME=PATH each: .npz or .safetensors with `ids` and `vectors`, .parquet
-    c.data.features.vectors = ()
-    c.data.users = ""  # Parquet, CSV or TSV with user_id and columns of user_features; users whom it lacks have none. "" = no such file
-    # Columns of data.users that the history tower reads: their vectors are added at each place of a user's history. Friends are a
-    # multi-hot column of ids. Kinds, policies (an `item` there is a user here) and separator as for data.features
-    c.data.user_features = ConfigDict()
-    c.data.user_features.categorical = ()
-    c.data.user_features.multi_hot = ()
-    c.data.user_features.numeric = ()
-    c.data.filter = ConfigDict()
-    c.data.filter.min_rating = 0.0  # an event is a positive if its rating is at least this; others are dropped and counted
-    c.data.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off
-    c.data.filter.min_user_events = 3  # leave-one-out needs one event each to train, validate and test
-    c.data.split = ConfigDict()
-    # leave_one_out | temporal | ratio | random: of each user's events, by seed | cold_item | impressions: each event that of its impression
-    c.data.split.kind = "leave_one_out"
-    c.data.split.valid = 0.1  # temporal, ratio, random: share of events; cold_item: share of items
-    c.data.split.test = 0.1
-    # What users are known by in the test: earlier (train and validation events) | train (those alone; the others are removed all the same)
-    c.data.split.history = "earlier"
-    c.data.text = ConfigDict()
-    c.data.text.template = ""  # e.g. "{title} ({year}). {genres}"; "" = made of the text columns that are there
-    c.data.text.max_tokens = 48  # longer texts are cut, and the number of cut texts is reported
-    c.data.text.tokenizer = ""  # folder or package with tokenizer.json or vocab.txt; "" = that of towers.text.path
-
-    c.data.corpus = ConfigDict()  # what batches of texts are made of
-    c.data.corpus.path = ""  # .txt, .jsonl or .parquet file, or a folder of them; "" = the item texts
-    c.data.corpus.column = "text"  # field or column with the text
-    c.data.corpus.held_out = 0.05  # share of the texts that only measure
+    c.data = data_defaults()
 
     c.batch = ConfigDict()  # budgets of one shard; global batch = shards x these. What does not fit waits for the next batch
     # histories | impressions (labelled ones, data.impressions) | texts: pre-training on the texts alone

@@ -152,7 +152,7 @@ def four_stages(c: ConfigDict, *, pretrain: str, task: str, distill: str) -> Non
     # On texts alone: two dropout views of a text find each other, and a little of the masked language model beside it.
     c.stage.pretrain = ConfigDict(
         {
-            "batch": {"kind": "texts", "shards": 4, "text_rows": 4, "max_items": 32},
+            "batch": {"kind": "texts", "text_rows": 2, "max_items": 16},
             "towers": {"text": {"source": "tokens", "dropout": 0.1}},
             "objectives": {"info_nce": {"weight": 0.0}, "simcse": {"weight": 1.0}, "mlm": {"weight": 0.1}},
             "optimizer": {"learning_rate": 2e-5, "warmup": "10 percent", "freeze": ("text/embeddings/.*",), "average": 0.0, "muon": ()},

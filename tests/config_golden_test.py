@@ -52,3 +52,11 @@ def test_the_smoke_preset_differs():
 
 def test_every_golden_has_its_config():
     assert sorted(GOLDENS.glob("*")) == sorted(golden_of(name, preset) for name, preset in declared())
+
+
+@pytest.mark.parametrize(("name", "preset"), [pair for pair in declared() if pair[0] in ("beauty_chain", "movielens", "pod", "sequences")])
+def test_every_stage_divides_over_a_host_of_eight_devices(name, preset):
+    config = config_lib.load(f"{ROOT}/configs/{name}.py{':' if preset else ''}{preset}")
+    stages = {stage: config_lib.for_stage(config, stage) for stage in config.stages} or {"the run": config}
+    shards = {stage: c.batch.shards for stage, c in stages.items()}
+    assert not [stage for stage, count in shards.items() if count % 8], f"batch.shards of {shards}"

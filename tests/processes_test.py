@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 
+from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
 from rec_jax import processes
 from rec_jax.data.pipeline import Batches, BatchSpec
@@ -224,7 +225,7 @@ def test_one_process_alone():
 
 @pytest.mark.slow
 def test_the_main_job_in_two_processes_is_that_of_one(tmp_path):
-    """The command line, both stages of configs/movielens.py:smoke, some minutes."""
+    """The command line, all stages of configs/movielens.py:smoke on eight devices, some minutes."""
     words = [sys.executable, "-m", "rec_jax.train", "--config=configs/movielens.py:smoke", "--config.mesh.fsdp=2"]
     words += ["--config.mesh.layout=sharded"]
     with socket.socket() as s:
@@ -234,13 +235,13 @@ def test_the_main_job_in_two_processes_is_that_of_one(tmp_path):
     started = []
     for index in range(2):
         env = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        started.append(subprocess.Popen([*words, f"--workdir={two}"], env={**env, "XLA_FLAGS": f"{DEVICES}=2"}, stdout=subprocess.PIPE))
+        started.append(subprocess.Popen([*words, f"--workdir={two}"], env={**env, "XLA_FLAGS": f"{DEVICES}=4"}, stdout=subprocess.PIPE))
     outs = [p.communicate(timeout=1200)[0].decode() for p in started]
     assert [p.returncode for p in started] == [0, 0]
     assert "test: items of the history removed" in outs[0]
     assert not [line for line in outs[1].splitlines() if "[Gloo]" not in line], "only process 0 speaks"
-    subprocess.run([*words, f"--workdir={one}"], env={**os.environ, "XLA_FLAGS": f"{DEVICES}=4"}, check=True, timeout=1200)
-    for stage in ("frozen", "finetune"):
+    subprocess.run([*words, f"--workdir={one}"], env={**os.environ, "XLA_FLAGS": f"{DEVICES}=8"}, check=True, timeout=1200)
+    for stage in config_lib.read_config(one).stages:
         np.testing.assert_allclose(losses(two / stage), losses(one / stage), rtol=1e-4)
     figures = [json.loads((folder / "eval" / "test.json").read_text()) for folder in (one, two)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
