@@ -49,6 +49,7 @@ def data_defaults() -> ConfigDict:
     d.filter.min_rating = 0.0  # an event is a positive if its rating is at least this; others are dropped and counted
     d.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off
     d.filter.min_user_events = 3  # leave-one-out needs one event each to train, validate and test
+    d.filter.unseen_items = False  # True: items of the table that no event has are candidates too, known by their text and features
     d.split = ConfigDict()
     # leave_one_out | temporal | ratio | random: of each user's events, by seed | cold_item | impressions: each event that of its impression
     d.split.kind = "leave_one_out"

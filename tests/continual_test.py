@@ -320,6 +320,39 @@ def test_a_run_goes_on_and_tells_what_it_gained_and_lost(world, capsys):
     assert [line["step"] for line in lines if "valid/ndcg@10" in line] == [0, 6, 12], "what it starts from is validated too"
 
 
+def test_no_step_gives_the_towers_new_rows_and_leaves_them_as_they_are(world, tmp_path, capsys):
+    """New items, one of which no event has, are ranked by their texts, new users by their histories."""
+    write(tmp_path / "more", {}, [36, 35, 34, 33, 32, 31, *range(1, 31)])
+    (tmp_path / "more" / "events.txt").write_text((world / "new" / "events.txt").read_text())
+    changes = {"start.path": world / "first", "train.duration": "0 steps", "data.filter.unseen_items": True}
+    assert train(tmp_path / "more", tmp_path / "w", **changes) == 0
+    assert "new: 6 items, 10 users" in (out := capsys.readouterr().out)
+    assert "nothing is trained" in out
+    first, now = model.load(world / "first"), model.load(tmp_path / "w")
+    ids = now.model.prepared.item_ids()
+    assert set(ids) == {str(n) for n in range(1, 37)}
+    rows = [first.model.prepared.item_ids().index(i) if i in first.model.prepared.item_ids() else -1 for i in ids]
+    for row, old in enumerate(rows):
+        wanted = first.params["ids"]["embedding"][old] if old >= 0 else np.zeros(8)
+        np.testing.assert_array_equal(now.params["ids"]["embedding"][row], wanted)
+    jax.tree.map(np.testing.assert_array_equal, now.params["user"], first.params["user"])
+    figures = json.loads((tmp_path / "w" / "eval" / "test.json").read_text())
+    assert figures["test/ndcg@10"] > 0
+    assert train(tmp_path / "more", tmp_path / "w", **changes) == 0, "the same command finds it done"
+    assert "done at step 0" in capsys.readouterr().out
+    # The old data with more items: nothing is new in its events.
+    (tmp_path / "more" / "events.txt").write_text((world / "old" / "events.txt").read_text())
+    flags = TINY | {"data.path": f"{tmp_path}/more/events.txt", "data.items": f"{tmp_path}/more/items.tsv", **changes}
+    c = config_lib.load("configs/sequences.py", [(k, str(v)) for k, v in flags.items()])
+    command._Run(c, epath.Path(tmp_path / "again"), tiny.one_device(), chain.Stages(epath.Path(tmp_path / "again"), (), None))
+    assert "new: 6 items, 0 users, 0 train events; nothing is trained" in capsys.readouterr().out
+
+
+def test_no_step_without_a_start_is_an_error(world, tmp_path):
+    with pytest.raises(RecJaxError, match=r"train.duration='0 steps' is no step at all: only a run that goes on from another"):
+        train(world / "new", tmp_path / "w", **{"train.duration": "0 steps"})
+
+
 def test_the_old_data_is_asked_for_by_name(world, tmp_path, monkeypatch):
     c = going_on(world)
     assert start.start_of(c).prepared.n_users == 50

@@ -56,6 +56,19 @@ def test_catalogue_is_the_items_with_events_in_table_order():
     assert (coded.n_users, coded.n_items) == (2, 3)
 
 
+def test_items_that_no_event_has_stay_where_they_are_asked_for():
+    table = pl.DataFrame({"item": ["c", "never", "b", "a", "nameless"], "title": ["C", "N", "B", "A", ""]})
+    events = make([("u", "a", 1), ("u", "c", 2), ("v", "b", 3)], table)
+    data = settings()
+    data.filter.unseen_items = True
+    data.on_bad.empty_text = "skip"
+    items, _, coded = tables.code(events, data)
+    assert items["item"].to_list() == ["c", "never", "b", "a"], "an item without text is left out all the same"
+    assert coded.item.tolist() == [3, 0, 2]
+    assert coded.item.dtype == np.int32
+    assert (coded.n_users, coded.n_items) == (2, 4)
+
+
 def test_integer_ids_become_text_in_the_coded_tables():
     frame = pl.DataFrame({"user": [7, 9], "item": [30, 20], "time": [1, 2], "rating": pl.Series([1, 1], dtype=pl.Float32)})
     t = Tables(tables.with_names(tables.items_of(frame)), tables.users_of(frame), frame, Report())

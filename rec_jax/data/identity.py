@@ -56,6 +56,8 @@ def settings_of(config: Any) -> dict[str, Any]:
             settings["on_bad"].pop(key)
     if not settings["impressions"]["split"]:
         settings.pop("impressions")
+    if not settings["filter"]["unseen_items"]:
+        settings["filter"].pop("unseen_items")
     if settings["split"]["history"] == "earlier":
         settings["split"].pop("history")
     if settings["split"]["kind"] in ("cold_item", "random") or "impressions" in settings:

@@ -180,7 +180,7 @@ class Coded:
       rating: [E] float32.
       split: [E] uint8: 0 train, 1 validation, 2 test.
       n_users: users, each with at least one event or impression.
-      n_items: items, each with at least one event or impression.
+      n_items: items, each with at least one event or impression unless filter.unseen_items keeps the others.
       impressions: labelled impressions and their split [impressions] uint8; None where config.data.impressions.split is empty.
     """
 
@@ -198,7 +198,8 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     """Filters, sorts and splits the events of checked tables -> (items in index order, users in index order, coded events).
 
     In this order: items without text, unknown items, minimum rating, duplicate events, then k-core and short users repeated until
-    both hold. The catalogue is the items that have an event left, in the order of the items table; likewise the users.
+    both hold. The catalogue is the items that have an event left, with filter.unseen_items all that have text, in the order of the items
+    table; the users are those with an event left.
     The raw ids `item` and `user` of the returned tables are text.
 
     Of the impressions those of items without text and of unknown items are left out; no other filter touches them, and their items and
@@ -245,7 +246,9 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     if not len(user):
         raise RecJaxError("no events are left after the filters; " + "; ".join(line.strip() for line in report.lines() if line[0] != " "))
     user, shown.user, users_kept = _dense(user, shown.user, tables.users.height)
-    item, shown.item, items_kept = _dense(item, shown.item, items.height)
+    others = np.concatenate([shown.item, np.flatnonzero(has_text).astype(np.int32)]) if limits.unseen_items else shown.item
+    item, others, items_kept = _dense(item, others, items.height)
+    shown.item = others[: len(shown.item)]
     time, rating = time[row_of], rating[row_of]
     n_users, n_items, kind, impressions = len(users_kept), len(items_kept), data.impressions.split, None
     if tables.impressions is not None and impressions_lib.asked(data):

@@ -116,6 +116,8 @@ class _Run:
     def _go_on(self) -> None:
         """Reads the workdir that the run goes on from, and finds out what is new."""
         start, share = start_lib.start_of(self.config), self.config.start.replay
+        if stages.untrained(self.config):  # nothing is replayed, and nothing new is needed
+            share = 1.0
         start_lib.check_ratings(start, self._config_of((self.config.stages or ("",))[0]), self.prepared)
         self.difference = new = start_lib.difference(self.prepared, start.prepared)
         rows = {"items": new.items, "users": new.users}
@@ -124,7 +126,8 @@ class _Run:
         lengths = self.prepared.train_lengths()
         self.replay.turns(Windows.of(lengths, None), lengths)  # finds out now whether there is anything new
         counts = f"{(new.items < 0).sum():,} items, {(new.users < 0).sum():,} users, {new.events.sum():,} train events"
-        self.clock.say(f"  going on from {start.folder}; new: {counts}; {share:.0%} of the other windows come again")
+        trained = "nothing is trained" if stages.untrained(self.config) else f"{share:.0%} of the other windows come again"
+        self.clock.say(f"  going on from {start.folder}; new: {counts}; {trained}")
 
     def _config_of(self, name: str, say: Callable[[str], None] | None = None) -> Any:
         """The config of a stage, with what it leaves to the data."""

@@ -119,6 +119,11 @@ def check(
         carry.check(start, shapes)
 
 
+def untrained(config: Any) -> bool:
+    """Whether a stage's duration is "0 ...": the towers of config.start.path get the new data, and are not trained on them."""
+    return str(config.train.duration).split(" ")[0] == "0"
+
+
 def batch_spec(config: Any) -> Any:
     """The budgets of a stage's batches."""
     if config.batch.kind == "texts":
@@ -265,9 +270,12 @@ def make_task(
             config_lib.get(config, key), f"config.{key}", steps_per_epoch=per_epoch, examples_per_step=per_step, total=total
         )
 
-    total = steps("train.duration", 0)
-    if total < 1:
-        raise RecJaxError(f"config.train.duration={train.duration!r} is no step at all")
+    total = 0 if untrained(config) else steps("train.duration", 0)
+    if total < 1 and (inputs.start is None or spec.kind != "users"):
+        raise RecJaxError(
+            f"config.train.duration={train.duration!r} is no step at all: only a run that goes on from another (config.start.path) may "
+            "train none, which gives new items, users and events to the towers as they are"
+        )
     optimizer = OptimizerSpec(
         learning_rate=opt.learning_rate,
         schedule=opt.schedule,
