@@ -14,6 +14,9 @@ Amazon Games 2018 (50,546 users, 16,859 items) .080, .138; .085, .144.
 Items of the history are no candidates in training, as in the ranking: where items come again, and `data.on_bad.duplicate_event="keep"`,
 set `objectives.info_nce.mask_history=False`.
 
+`large` is for catalogues of millions of items: a step touches the items that it looks up alone. On smaller ones the softmax over all
+items is better.
+
 Presets beside it for comparison: `sasrec` is SASRec (Kang & McAuley 2018) with one drawn negative for each place, `sasrec_ce` the same
 with the softmax over the whole catalogue. Both know items by their IDs alone, on dot products, and stop 20 epochs after the best.
 `bert4rec` is BERT4Rec (Sun et al. 2019) in the sizes and with the loss of `sasrec_ce`: hidden items are found from both sides; it stops
@@ -23,13 +26,15 @@ with the softmax over the whole catalogue. Both know items by their IDs alone, o
 from rec_jax import recipes
 from rec_jax.defaults import defaults
 
-PRESETS = ("", "smoke", "sasrec", "sasrec_ce", "bert4rec")
+PRESETS = ("", "smoke", "large", "sasrec", "sasrec_ce", "bert4rec")
 
 
 def get_config(arg=None):
-    """`smoke`: a few steps, to see that a file is read as it should be. `sasrec`, `sasrec_ce`, `bert4rec`: see above."""
+    """`smoke`: a few steps, to see that a file is read as it should be. The others: see above."""
     c = defaults()
     recipes.sequences(c)
+    if arg == "large":
+        recipes.large(c)
     if arg in ("sasrec", "sasrec_ce"):
         recipes.sasrec(c, loss="ce" if arg == "sasrec_ce" else "bce")
     if arg == "bert4rec":

@@ -47,6 +47,19 @@ def sequences(c: ConfigDict) -> None:
     c.eval.fuse = "sequence_knn+text_knn"
 
 
+def large(c: ConfigDict) -> None:
+    """Makes a config of sequences one for catalogues of millions of items: no part of a step grows with the catalogue. `c` is changed in
+    place.
+
+    Rows of ID tables that a step looks up move with their optimizer state, the others stay; candidates are the batch's targets and 512
+    items drawn uniformly in each step, log Q corrected. What asks every item in each step is off: neighbours as targets, items of the
+    history that are no candidates, and the mean of the weights.
+    """
+    c.optimizer.rows, c.optimizer.average = "adam", 0.0
+    c.objectives.info_nce.candidates, c.objectives.info_nce.uniform = "batch", 512
+    c.objectives.info_nce.neighbour_share, c.objectives.info_nce.mask_history = 0.0, False
+
+
 def sets(c: ConfigDict) -> None:
     """Gives a config what data without times want: histories as sets, with their events in a new random order each epoch, split at random
     by user. `c` is changed in place.
