@@ -7,15 +7,18 @@ campaign are never shown in another. The towers are ID vectors, their softmax ov
 of the click metrics only the AUCs say something. The table at the end has the policy's value by IPS, SNIPS, direct method and doubly
 robust, beside the logging and the uniform policy's. On the public sample (10,000 rows and 46 to 69 clicks a log; half a minute) nothing can
 be concluded: the intervals of the trained and the logging policy overlap, but for the direct method, whose bias no interval shows.
+
+`:clicks` trains a click model in place of a policy, an MLP on the vectors of user and item with the context: on random/men, with 18 clicks in
+the test part, an AUC of .486, the logistic regression .502, the factorisation machine .392.
 """
 
 from rec_jax.defaults import defaults
 
-PRESETS = ("", "smoke")
+PRESETS = ("", "smoke", "clicks")
 
 
 def get_config(arg=None):
-    """`smoke`: a few steps, to see that the files are read as they should be."""
+    """`smoke`: a few steps, to see that the files are read as they should be. `clicks`: a click model in place of a policy."""
     c = defaults()
     c.data.reader = "open_bandit"
     c.data.on_bad.empty_text = "keep"
@@ -38,6 +41,12 @@ def get_config(arg=None):
     c.objectives.policy.temperature = 0.5  # cosines over it: the less a log says, the nearer its policy has to stay to uniform
     c.train.duration = "20 epochs"
     c.train.monitor = "valid/auc"
+    if arg == "clicks":
+        c.objectives.policy.weight, c.objectives.task.weight = 0.0, 1.0
+        c.towers.task.kind = "mlp"
+        c.towers.task.hidden = (32,)
+        c.towers.task.dropout = 0.3
+        c.train.monitor, c.train.monitor_goal = "valid/log_loss", "min"
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
