@@ -8,8 +8,8 @@ of the click metrics only the AUCs say something. The table at the end has the p
 robust, beside the logging and the uniform policy's. On the public sample (10,000 rows and 46 to 69 clicks a log; half a minute) nothing can
 be concluded: the intervals of the trained and the logging policy overlap, but for the direct method, whose bias no interval shows.
 
-`:clicks` trains a click model in place of a policy, an MLP on the vectors of user and item with the context: on random/men, with 18 clicks in
-the test part, an AUC of .486, the logistic regression .502, the factorisation machine .392.
+`:clicks` trains a click model in place of a policy, an MLP on the vectors of user and item with the context: on random/men, with 18
+clicks in the test part, an AUC of .486, the logistic regression .502, the factorisation machine .392.
 """
 
 from rec_jax.defaults import defaults
