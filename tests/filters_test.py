@@ -74,3 +74,28 @@ def test_dense():
     assert codes.tolist() == [1, 0, 1, 2]
     assert kept.tolist() == [2, 5, 9]
     assert codes.dtype == np.int32
+
+
+@pytest.mark.parametrize("ordered", ["no", "times", "users"])
+@pytest.mark.parametrize("seed", range(3))
+def test_time_order_and_the_events_that_go_back(seed, ordered):
+    """`times`: the file is a log, oldest first; `users`: only one user's events are out of order."""
+    user, time = random_events(seed)[0], np.random.default_rng(seed + 10).integers(-20, 20, 300)
+    if ordered == "times":
+        time.sort()
+    if ordered == "users":
+        time = np.where(user == 7, time, np.arange(300))
+    before, back = {}, []
+    for u, t in zip(user.tolist(), time.tolist(), strict=True):
+        if u in before and t < before[u]:
+            back.append(u)
+        before[u] = t
+    order, (events, users) = filters.in_time_order(user, time)
+    np.testing.assert_array_equal(order, np.lexsort((np.arange(300), time, user)))
+    assert (events, users) == (len(back), len(set(back)))
+    assert {"no": users > 20, "times": users == 0, "users": users == 1}[ordered]
+
+
+def test_time_order_of_nothing():
+    order, back = filters.in_time_order(np.zeros(0, np.int32), np.zeros(0, np.int64))
+    assert (len(order), back) == (0, (0, 0))

@@ -129,6 +129,13 @@ def test_times_of_places_are_seconds_since_the_first_and_never_too_long():
     assert places.of_places({"times": np.zeros(0, np.int64)})["times"].shape == (0,)
 
 
+def test_times_that_go_back_are_a_fault_of_the_program_and_no_zero():
+    with pytest.raises(AssertionError, match="not in time order"):
+        places.of_places({"times": np.asarray([5, 4, 9])})
+    two = places.of_places({"times": np.asarray([5, 9, 1, 2])}, np.asarray([0, 0, 2, 2]))  # windows of two users
+    assert two["times"].tolist() == [0, 4, 0, 1]
+
+
 def test_rows_are_taken_with_their_columns():
     whole = Ragged.from_rows([[1, 2, 3], [], [4], [5, 6]])
     whole = dataclasses.replace(whole, columns={"times": whole.flat * 10})

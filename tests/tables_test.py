@@ -48,6 +48,15 @@ def test_order_is_user_time_then_place():
     ]
 
 
+def test_events_that_go_back_in_time_are_counted_among_those_that_are_sorted():
+    t = make([("b", "x", 5, 4.0), ("a", "z", 9, 4.0), ("b", "y", 7, 1.0), ("a", "x", 1, 4.0), ("b", "z", 6, 4.0), ("a", "y", 0, 4.0)])
+    assert tables.code(t, settings())[2].backwards == (3, 2)
+    rated = settings()
+    rated.filter.min_rating = 2  # leaves y of b out, after which z of b no longer goes back
+    assert tables.code(t, rated)[2].backwards == (2, 1)
+    assert tables.code(make([("b", "x", 5), ("a", "z", 1), ("b", "y", 5)]), settings())[2].backwards == (0, 0)
+
+
 def test_catalogue_is_the_items_with_events_in_table_order():
     table = pl.DataFrame({"item": ["c", "never", "b", "a"], "title": ["C", "N", "B", "A"]})
     items, _, coded = tables.code(make([("u", "a", 1), ("u", "c", 2), ("v", "b", 3)], table), settings())

@@ -52,7 +52,7 @@ def _run(command: str, config: Any) -> None:
         return
     meta = prepared.meta
     print(f"{prepared.n_users:,} users, {prepared.n_items:,} items, {meta['events']:,} events: {prepared.folder}")
-    for line in describe.bad_input(prepared):
+    for line in (*describe.bad_input(prepared), *describe.backwards(prepared)):
         print(line)
 
 

@@ -106,6 +106,9 @@ def _sizes(config: Any, prepared: Prepared) -> Section:
     ]
     if meta["clock"]:
         lines.append(f"from {_date(meta['times'][0])} to {_date(meta['times'][1])}")
+        lines += backwards(prepared)
+        if "backwards" not in meta:
+            lines.append("prepared by an earlier version: events that go back in time were sorted, and not counted")
     else:
         lines.append("without times: events are in order only")
     return Section(f"{config.data.path} (reader {config.data.reader})", lines=lines)
@@ -192,6 +195,15 @@ def bad_input(prepared: Prepared) -> list[str]:
     found = prepared.meta["bad_input"]
     report = Report({kind: f["count"] for kind, f in found.items()}, {kind: f["examples"] for kind, f in found.items()})
     return report.lines()
+
+
+def backwards(prepared: Prepared) -> list[str]:
+    """A line about events whose file is not in time order, user by user; none where it is, or where there are no times."""
+    found = prepared.meta.get("backwards", {"events": 0})  # what an earlier version has prepared does not say
+    if not (prepared.meta["clock"] and found["events"]):
+        return []
+    counts = f"{found['events']:,} events of {found['users']:,} users"
+    return [f"{counts} are earlier than the user's event before them in the file: sorted by time"]
 
 
 def _samples(prepared: Prepared) -> list[Section]:

@@ -58,6 +58,22 @@ def stable_argsort(values: np.ndarray) -> np.ndarray:
     return np.argsort(values, kind="stable")
 
 
+def in_time_order(user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """user [E], time [E] in the file's order -> (places in the order of user, time, place in the file [E] int64; how many go back).
+
+    The latter are the events that are earlier than their user's event before them in the file, and the users who have such.
+    """
+    order = stable_argsort(user)
+    whose, ordered = user[order], time[order]
+    back = (ordered[1:] < ordered[:-1]) & (whose[1:] == whose[:-1])
+    if not back.any():
+        return order, (0, 0)  # each user's events stand in time order: there is nothing more to sort
+    count = int(back.sum()), len(np.unique(whose[1:][back]))
+    del order, whose, ordered, back
+    order = stable_argsort(time)
+    return order[stable_argsort(user[order])], count
+
+
 def dense(codes: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """codes [E] in [0, n) -> (codes without gaps, in the same order [E] int32; the old codes that occur, ascending)."""
     kept = np.flatnonzero(np.bincount(codes, minlength=n))

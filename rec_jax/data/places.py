@@ -24,8 +24,10 @@ def of_places(columns: Mapping[str, np.ndarray], first: np.ndarray | int = 0) ->
     out = {name: np.asarray(values, EMPTY[name].dtype) for name, values in columns.items() if name != "times"}
     if "times" in columns:
         times = np.asarray(columns["times"], np.int64)
-        since = times[first] if len(times) else times
-        out["times"] = np.clip(times - since, 0, LONGEST).astype(np.int32)
+        gone = times - times[first] if len(times) else times
+        # `tables.code` sorts each user's events by time, drop_events keeps their order, and shuffle_events goes with no times.
+        assert not (gone < 0).any(), "events of a window are not in time order"
+        out["times"] = np.minimum(gone, LONGEST).astype(np.int32)
     return out
 
 

@@ -322,6 +322,7 @@ def _counts(events: Coded, report: Report, clock: bool) -> dict[str, Any]:
         "users_in_split": users_in,
         "clock": clock,
         "times": [int(events.time.min()), int(events.time.max())],
+        "backwards": dict(zip(("events", "users"), events.backwards, strict=True)),
         "ratings": _histogram(events.rating),
         "bad_input": report.to_dict(),
     }

@@ -182,6 +182,8 @@ class Coded:
       n_users: users, each with at least one event or impression.
       n_items: items, each with at least one event or impression unless filter.unseen_items keeps the others.
       impressions: labelled impressions and their split [impressions] uint8; None where config.data.impressions.split is empty.
+      backwards: events earlier than their user's event before them in the file, and users with such; of what the sort was given, which
+        is before duplicates, k-core and short users are left out.
     """
 
     user: np.ndarray
@@ -192,6 +194,7 @@ class Coded:
     n_users: int
     n_items: int
     impressions: tuple[Impressions, np.ndarray] | None = None
+    backwards: tuple[int, int] = (0, 0)
 
 
 def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame, Coded]:
@@ -232,8 +235,9 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     del low
     row_of = np.flatnonzero(keep)  # place of each event in the file, for messages
     time = tables.events["time"].to_numpy()
-    row_of = row_of[filters.stable_argsort(time[row_of])]  # the file's order among equal times
-    row_of = row_of[filters.stable_argsort(user[row_of])]
+    order, backwards = filters.in_time_order(user[row_of], time[row_of])
+    row_of = row_of[order]
+    del order
     user, item = user[row_of], item[row_of]
     if on_bad.duplicate_event != "keep":
         first = _first_events(tables, on_bad, user, item, row_of)
@@ -260,7 +264,7 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
     del row_of
     if kind == "events":
         impressions = impressions_lib.of_events(user, item, time, rating, split, n_items=n_items, data=data, seed=seed)
-    coded = Coded(user, item, time, rating, split, n_users, n_items, impressions)
+    coded = Coded(user, item, time, rating, split, n_users, n_items, impressions, backwards)
     catalogue = items[items_kept].with_columns(pl.col("item").cast(pl.String))
     return catalogue, tables.users[users_kept].with_columns(pl.col("user").cast(pl.String)), coded
 
