@@ -93,6 +93,14 @@ def test_token_quantiles_are_those_of_the_texts(folder, capsys):
     assert row[1:] == [*(str(q) for q in np.quantile(lengths, describe.QUANTILES, method="nearest")), f"{np.mean(lengths):.1f}"]
 
 
+def test_histories_that_are_cut_are_told_of_below_the_lengths(folder, capsys):
+    cut = "histories in the test: 1 of 3 have more than 5 events (the longest 6): the newest 5 rank (config.batch.history_length=5)"
+    data_main.main(["describe", f"--config={folder}/config.py", "--config.batch.history_length=5"])
+    assert f"1.1\n  {cut}\n\nItem texts" in capsys.readouterr().out
+    data_main.main(["describe", f"--config={folder}/config.py", "--config.batch.history_length=6"])
+    assert "histories in" not in capsys.readouterr().out
+
+
 BACK = "2 events of 1 users are earlier than the user's event before them in the file: sorted by time"
 
 

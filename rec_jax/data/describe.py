@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from rec_jax.data import lengths as lengths_lib
 from rec_jax.data import text
 from rec_jax.data.prepare import SPLITS, Prepared
 from rec_jax.data.tables import Report
@@ -47,6 +48,7 @@ def describe(config: Any, prepared: Prepared) -> list[Section]:
                 _quantile_row("of a user, train", prepared.train_lengths()),
                 _quantile_row("of an item, train", prepared.item_counts()),
             ],
+            lengths_lib.of_run(config, prepared),
         ),
         _texts(config, prepared),
         *_ratings(prepared),

@@ -84,6 +84,14 @@ class BatchSpec:
         return dataclasses.replace(self, negatives=negatives, negative_items=windows * negatives)
 
     @property
+    def window(self) -> int | None:
+        """The most predictions of a window, as `Windows.of` takes it; None where a user is one window, whatever its length.
+
+        In a cloze all of a window stands in the row, its last item too.
+        """
+        return self.history_length - (self.cloze is not None) if self.user_kind == "history" else None
+
+    @property
     def items(self) -> int:
         """M. Where nothing is encoded the only bound is the number of places: each window brings its length + 1 items."""
         return self.max_items if self.encode_items else 2 * self.history_rows * self.history_length + self.negative_items

@@ -155,9 +155,7 @@ class Batches(WindowBatches):
         shards: range | None = None,
     ):
         super().__init__()
-        # In a cloze all of a window stands in the row, its last item too.
-        size = spec.history_length - (spec.cloze is not None) if spec.user_kind == "history" else None
-        windows = Windows.of(np.asarray(train_lengths), size)
+        windows = Windows.of(np.asarray(train_lengths), spec.window)
         if not len(windows):
             raise RecJaxError("no user has two events to train on; look at `python -m rec_jax.data describe` and config.data.filter")
         if negatives is not None:

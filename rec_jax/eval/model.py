@@ -17,6 +17,7 @@ from rec_jax.config_features import has_features, has_user_features
 from rec_jax.data import draft, feature_codes, packing, places, user_features, vocabulary
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.feature_codes import Coding
+from rec_jax.data.lengths import ranked_places
 from rec_jax.data.prepare import Prepared, prepare
 from rec_jax.eval import rankings
 from rec_jax.eval.baselines import Scorer
@@ -98,7 +99,7 @@ class Model:
             raise RecJaxError("config.towers.user.kind='id' has vectors of users, not of histories: it is measured on impressions")
         if self.spec.history is None:
             return self._written_out(two_tower.merged(params, self.spec), histories)
-        size, block = self.config.eval.history_length or self.config.batch.history_length, self.config.eval.users_per_block
+        size, block = ranked_places(self.config), self.config.eval.users_per_block
         tower = self.spec.history
         read = {name: histories.columns[name] for name in tower.columns if name in histories.columns}
         hidden = int(not tower.causal)
