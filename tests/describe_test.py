@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
+from rec_jax import config as config_lib
 from rec_jax.cli import main_of
 from rec_jax.data import __main__ as data_main
-from rec_jax.data import describe
+from rec_jax.data import describe, prepare
 
 CONFIG = """
 from rec_jax import config
@@ -133,6 +134,21 @@ def test_what_an_earlier_version_has_prepared_says_that_it_does_not_know(folder,
     capsys.readouterr()
     data_main.main(["describe", f"--config={folder}/config.py"])
     assert "  prepared by an earlier version: events that go back in time were sorted, and not counted\n" in capsys.readouterr().out
+
+
+def test_what_a_run_says_of_its_data(folder):
+    c = config_lib.load(f"{folder}/config.py", [])
+    left_out = ["left out 1 users with fewer events than filter.min_user_events (short_user)", describe.MORE]
+    assert describe.notes(c, prepare.prepare(c)) == left_out
+    lines = (folder / "events.csv").read_text().splitlines()
+    lines[4:7] = lines[6:3:-1]
+    (folder / "events.csv").write_text("\n".join(lines) + "\n")
+    c.batch.history_length = 5
+    cut = "histories in the test: 1 of 3 have more than 5 events (the longest 6): the newest 5 rank (config.batch.history_length=5)"
+    for _ in range(2):  # fresh and cached
+        assert describe.notes(c, prepare.prepare(c)) == [*left_out, BACK, cut]
+    c.data.filter.min_user_events, c.data.split.kind, c.batch.history_length = 1, "ratio", 8
+    assert describe.notes(c, prepare.prepare(c)) == [BACK]
 
 
 def test_without_times_and_ratings(folder, capsys):

@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 
+from rec_jax.data import describe
+
 # One device, as a user has it, not the eight of the other tests.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 TITLES = [f"{color} {thing}" for color in ("Red", "Green", "Blue", "Black") for thing in ("Car", "House", "Bird", "Tree", "Boat", "Shoe")]
@@ -44,6 +46,8 @@ def data(tmp_path_factory):
     for user in range(60):
         items = (random.integers(24) + np.cumsum(random.choice([1, 1, 5], random.integers(6, 14)))) % 24
         lines.append(" ".join(map(str, [user, *(items + 1)])))
+    lines[7] += " 1 3" * 8  # a history that is longer than FLAGS take at once
+    lines.append("few 1 2")
     (folder / "events.txt").write_text("\n".join(lines) + "\n")
     (folder / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"{n}\t{t}\n" for n, t in enumerate(TITLES, 1)))
     return folder
@@ -59,6 +63,13 @@ def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     out = run(*train(data, folder)).stdout
     assert "sequence_knn" in out
+    told = out[out.index(" users, ") : out.index("GFLOP/s")].splitlines()[1:-1]
+    assert told[:2] == ["  left out 1 users with fewer events than filter.min_user_events (short_user)", f"  {describe.MORE}"]
+    assert [line.split(":")[:2] for line in told[2:4]] == [
+        ["  histories in the test", " 1 of 60 have more than 16 events (the longest 24)"],
+        ["  histories in training", " 1 of 60 have more than 17 events (the longest 23)"],
+    ]
+    assert "sorted by time" not in out  # the sequences have no times
     assert "test: items of the history removed" in out
     assert "\nmodel + sequence_knn " in out
     return folder

@@ -19,6 +19,7 @@ QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
 SAMPLES = (0.25, 0.5, 0.75)  # the users shown have histories of these quantiles' lengths
 LAST = 5  # train events of a sample that are shown
 BAR = 40  # characters of the longest bar
+MORE = "examples of what was left out: python -m rec_jax.data describe, with the same --config"
 SPLIT_NAMES = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -58,6 +59,12 @@ def describe(config: Any, prepared: Prepared) -> list[Section]:
         *_samples(prepared),
         Section("Stored in", lines=[str(prepared.folder)]),
     ]
+
+
+def notes(config: Any, prepared: Prepared) -> list[str]:
+    """What a run says of its data before it trains: what was left out or sorted, in a line each, and histories that are cut."""
+    left_out = [line for line in bad_input(prepared) if not line.startswith(" ")]
+    return [*left_out, *([MORE] if left_out else []), *backwards(prepared), *lengths_lib.of_run(config, prepared)]
 
 
 def print_sections(sections: Sequence[Section], file: TextIO | None = None) -> None:

@@ -21,7 +21,7 @@ from rec_jax import config as config_lib
 from rec_jax import config_flags, processes
 from rec_jax import mesh as mesh_lib
 from rec_jax.cli import main_of
-from rec_jax.data import corpus, feature_codes, text, text_batches, user_features, vocabulary
+from rec_jax.data import corpus, describe, feature_codes, text, text_batches, user_features, vocabulary
 from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
@@ -80,6 +80,8 @@ class _Run:
             self.clock.say("  no item has a text: items are known by their IDs alone (config.towers.item.text=False)")
         counts = self.prepared
         self.clock.say(f"  {counts.n_users:,} users, {counts.n_items:,} items, {counts.meta['events']:,} events at {counts.folder}")
+        for line in describe.notes(config, counts) if jax.process_index() == 0 else ():
+            self.clock.say(f"  {line}")
         self.tokens: Ragged = processes.first(lambda: vocabulary.catalogue_tokens(config, self.prepared))
         self.encoder = encoder_lib.load_encoder(config, self.prepared)
         most = config.towers.text.width or self.encoder[1].width
