@@ -34,6 +34,7 @@ def has_user_features(config: ConfigDict) -> bool:
 def check_features(config: ConfigDict) -> None:
     """Raises RecJaxError for features that are named twice or cannot be parameters' names, and for keys that do not go together."""
     features, item = config.data.features, config.towers.item
+    _check_names("config.data.event_features", config.data.event_features, paths=False)
     for group in ("features", "user_features"):
         for kind in (kind for kind in FEATURES if kind in config.data[group]):
             _check_names(f"config.data.{group}.{kind}", config.data[group][kind], paths=kind == "vectors")
@@ -92,6 +93,8 @@ def check_stage(config: ConfigDict, name: str, stage: ConfigDict) -> None:
     groups |= {"towers.item.features": lambda c: c.towers.item.features}
     if config.towers.item.words != stage.towers.item.words:
         raise RecJaxError(f"config.stage.{name}.towers.item.words: all stages have the same words; set config.towers.item.words")
+    if config.data.event_features != stage.data.event_features:
+        raise RecJaxError(f"config.stage.{name}.data.event_features: all stages have the same data; set config.data.event_features")
     for key, group in groups.items():
         if group(stage).to_dict() != group(config).to_dict():
             raise RecJaxError(f"config.stage.{name}.{key}: all stages have the same features; set config.{key}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from rec_jax.config_places import columns_read
+from rec_jax.config_places import columns_read, said
 from rec_jax.types import RecJaxError
 
 
@@ -45,7 +45,7 @@ def _check_cloze(config: ConfigDict) -> None:
         )
     if read := columns_read(user.inputs, user.time_bias, user.session_gap):
         raise RecJaxError(
-            f"{place}: nobody knows the {' and '.join(read)} of a hidden event, which the tower reads (config.towers.user.inputs, "
+            f"{place}: nobody knows the {said(read)} of a hidden event, which the tower reads (config.towers.user.inputs, "
             "time_bias, session_gap): turn one of both off"
         )
     for key, length in (("batch", config.batch.history_length), ("eval", config.eval.history_length)):

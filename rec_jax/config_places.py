@@ -7,7 +7,9 @@ from typing import Any
 
 from rec_jax.types import RecJaxError
 
-INPUTS = {"gap": "times", "rating": "ratings"}  # what a place may know beside its item -> the column of the events that it is made of
+# What a place may know beside its item -> the column of the events that it is made of; and it may know features of events, by their names
+INPUTS = {"gap": "times", "rating": "ratings"}
+EVENT = "event_"  # before the name of a feature of events: columns, and tables of the tower
 USERS = "users"  # the column that says whose an event is, where a tower reads features of users
 # The keys at values at which the tower is what it was before there were these keys, and so is a stage's fingerprint.
 OFF = {
@@ -17,9 +19,14 @@ OFF = {
 
 
 def columns_read(inputs: Sequence[str], time_bias: bool, session_gap: int) -> tuple[str, ...]:
-    """Which of the columns "times" and "ratings" a history tower reads that has these inputs, this bias and these sessions."""
-    read = {INPUTS[name] for name in inputs} | ({"times"} if time_bias or session_gap else set())
+    """Which columns, "times", "ratings" and those of features of events, a history tower reads that has these inputs, bias and sessions."""
+    read = {INPUTS.get(name, EVENT + name) for name in inputs} | ({"times"} if time_bias or session_gap else set())
     return tuple(sorted(read))
+
+
+def said(columns: Sequence[str]) -> str:
+    """Names of columns in a sentence."""
+    return " and ".join(column.removeprefix(EVENT) for column in columns)
 
 
 def columns_of(config: Any) -> tuple[str, ...]:
@@ -36,13 +43,20 @@ def columns_of(config: Any) -> tuple[str, ...]:
 def check_places(config: Any) -> None:
     """Raises RecJaxError for keys of the history tower's places that have a bad value or do not go together."""
     user, place = config.towers.user, "config.towers.user"
+    if taken := [name for name in config.data.event_features if name in INPUTS]:
+        raise RecJaxError(
+            f"config.data.event_features names {taken[0]!r}, which means something else in {place}.inputs: give the column another name"
+        )
     if user.kind != "history":
         return  # as for the tower's sizes: a stage of another kind leaves them alone
     if user.ids and not config.towers.item.ids:
         raise RecJaxError(f"{place}.ids=True is beside items' own vectors: set config.towers.item.ids=True, or it to False")
-    inputs, edges = user.inputs, user.rating_edges
-    if not isinstance(inputs, tuple) or not set(inputs) <= set(INPUTS) or len(set(inputs)) < len(inputs):
-        raise RecJaxError(f"{place}.inputs={inputs!r}: expected some of {', '.join(INPUTS)}, each once, like ('gap',)")
+    inputs, edges, events = user.inputs, user.rating_edges, config.data.event_features
+    if not isinstance(inputs, tuple) or not set(inputs) <= {*INPUTS, *events} or len(set(inputs)) < len(inputs):
+        raise RecJaxError(
+            f"{place}.inputs={inputs!r}: expected some of {', '.join((*INPUTS, *events))}, each once, like ('gap',); columns of events are "
+            f"named in config.data.event_features={events!r} too"
+        )
     if user.positions == "rotary" and config.towers.dim // user.heads % 2:
         raise RecJaxError(
             f"{place}.positions='rotary' turns pairs of numbers, and a head has config.towers.dim={config.towers.dim} / "
@@ -63,5 +77,5 @@ def check_places(config: Any) -> None:
     if read and config.objectives.history_views.weight > 0:
         raise RecJaxError(
             f"config.objectives.history_views.weight={config.objectives.history_views.weight} makes views of histories without "
-            f"{' and '.join(read)}, which the tower reads ({place}.inputs, time_bias, session_gap): turn one of both off"
+            f"{said(read)}, which the tower reads ({place}.inputs, time_bias, session_gap): turn one of both off"
         )

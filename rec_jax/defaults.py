@@ -107,8 +107,8 @@ def defaults() -> ConfigDict:
     # Begins near the identity, a user as the newest item (relative attention: and its recent ones; "mean": as all); False: it is drawn
     c.towers.user.near_items = False
     c.towers.user.readout = "last"  # user vector: last, what the layers make of the newest item | mean, the mean over the whole history
-    # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event); () = nothing. This key,
-    # time_bias and session_gap read times of the events, or their ratings
+    # What a place knows beside its item, added to it: gap (seconds since the event before), rating (of the event), and names of
+    # data.event_features (its category there); () = nothing. This key, time_bias and session_gap read times of the events, or their ratings
     c.towers.user.inputs = ()
     # Lower ends of the ranges that ratings are told apart by; () = each rating of the train events, or 16 quantiles where there are more
     c.towers.user.rating_edges = ()

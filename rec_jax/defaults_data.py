@@ -29,7 +29,7 @@ def data_defaults() -> ConfigDict:
     d.on_bad.duplicate_event = "skip"  # the same user and item again; skip keeps the first in time; "keep" keeps all
     d.on_bad.unknown_item = "error"  # an event whose item is not in the items table
     d.on_bad.short_user = "skip"  # a user with fewer events than filter.min_user_events: skip leaves the user out
-    d.on_bad.missing_feature = "skip"  # an item without a value of data.features, or without a given vector: skip counts it as none
+    d.on_bad.missing_feature = "skip"  # an item, user or event without a value of a feature, or a vector: skip counts it as none
     d.on_bad.bad_feature = "error"  # a cell of a numeric feature that is no number: skip counts it as none
     d.features = ConfigDict()  # what the item tower reads beside text and IDs: columns of the items table, and given vectors
     d.features.categorical = ()  # columns with one value a cell
@@ -45,6 +45,10 @@ def data_defaults() -> ConfigDict:
     d.user_features.categorical = ()
     d.user_features.multi_hot = ()
     d.user_features.numeric = ()
+    # Columns of the events with a category each, like their kind or the device, that places of histories may know beside their items:
+    # name them in towers.user.inputs too. Readers "table", "recbole" (any columns) and "frappe" (the context). Where a user may view an
+    # item and then buy it, on_bad.duplicate_event="keep" keeps both
+    d.event_features = ()
     d.filter = ConfigDict()
     d.filter.min_rating = 0.0  # an event is a positive if its rating is at least this; others are dropped and counted
     d.filter.k_core = 0  # repeat until every user and item has at least k events; 0 = off

@@ -30,7 +30,7 @@ SHARDED: Rules = (
     (r"(user/)?features/.*/(frequency|missing)", ()),
     (r"(ids|history_ids|users)/embedding", (_BOTH,), ("fsdp",), (None, _BOTH), ()),
     (r"text/embeddings/word/embedding", (_BOTH,), ("fsdp", "tensor"), (None, _BOTH), ("fsdp",), (None, "fsdp"), ()),
-    (r".*/(position|token_type|gap|rating)/embedding", ("fsdp",), (None, "fsdp"), ()),
+    (r".*/(position|token_type|gap|rating|event_[^/]*)/embedding", ("fsdp",), (None, "fsdp"), ()),
     (r"(task|lora)/.*", ()),  # small
     (r"user/mask", ()),
     (r"user/layer_\d+/out/kernel", ("tensor", None, "fsdp"), (None, None, "fsdp"), ()),  # [heads, width, D]

@@ -80,8 +80,8 @@ class EvalSet:
 
     Attributes:
       users: [U], rows of the users table.
-      history, targets: of each user, catalogue indices, oldest first. Columns of the history: "times" and "ratings" of its events, where
-        the config has a history tower that reads them.
+      history, targets: of each user, catalogue indices, oldest first. Columns of the history: "times", "ratings" and "event_NAME" of its
+        events, where the config has a history tower that reads them.
       n_items: N, all of which are ranked.
       removed: items that the ranking leaves out; None = those of the history.
     """
@@ -112,6 +112,8 @@ class Batch:
       history_times: [G, H, S] int32, seconds since the first event of the place's window, -1 is unknown. None unless the history tower
         reads times.
       history_ratings: [G, H, S] float32, rating of each place's event, NaN is unknown. None unless the history tower reads ratings.
+      history_events: {"event_NAME": [G, H, S] int32}, category of each place's event in each feature of events that the history tower
+        reads, 0 is none or unknown. None where it reads none.
       history_users: [G, H, S] int32, row of the users table of each place, -1 is none. None unless the tower reads features of users.
       user_tokens: [G, R, T] int32, histories written out as text and packed; None with a history user tower.
       user_segments: [G, R, T] int32.
@@ -147,6 +149,7 @@ class Batch:
     history_times: Any = None
     history_ratings: Any = None
     history_users: Any = None
+    history_events: Any = None
     user_tokens: Any = None
     user_segments: Any = None
     user_places: Any = None

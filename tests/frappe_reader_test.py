@@ -52,6 +52,13 @@ def test_rows_are_events_and_positives(config):
     assert out.impressions.place(3).endswith("frappe.csv:5")
 
 
+def test_fields_of_the_context_may_be_features_of_events(config):
+    config.data.event_features = ("weekday", "city")
+    events = readers.read(config.data).events
+    assert events["event_weekday"].to_list() == ["sunday", "monday", "sunday", "sunday", "sunday"]
+    assert events["event_city"].to_list()[1] == "369"
+
+
 def test_texts_are_those_of_the_apps(config):
     items = readers.read(config.data).items
     assert items.select("item", "title", "categories", "brand", "description").rows() == [

@@ -69,7 +69,7 @@ def test_a_teacher_teaches_what_it_ranks_by(monkeypatch, tmp_path):
     monkeypatch.setattr(teacher, "load", lambda *_, **__: model.Trained(found, {**params, "text": {}}, 7, found.item_vectors(params)))
     monkeypatch.setattr(teacher, "read_config", lambda _: tiny.config(**SHRUNK))
     monkeypatch.setattr(teacher, "text_table", lambda *_, **__: tiny.table())
-    spec, arrays = teacher.teacher_of(tiny.config(**SHRUNK), tmp_path, "before", tiny.tokens(), print)
+    spec, arrays = teacher.teacher_of(tiny.config(**SHRUNK), tmp_path, "before", tiny.tokens(), print, meta={})
     np.testing.assert_allclose(two_tower.item_vectors(arrays["params"], spec, arrays["table"]), found.item_vectors(params), atol=1e-6)
 
 

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from rec_jax.data import event_features, text
 from rec_jax.data import lengths as lengths_lib
-from rec_jax.data import text
 from rec_jax.data.prepare import SPLITS, Prepared
 from rec_jax.data.tables import Report
 
@@ -188,7 +188,7 @@ def _impressions(prepared: Prepared) -> list[Section]:
 
 
 def _features(prepared: Prepared) -> list[Section]:
-    """What items have beside text, and users beside their histories: values or widths, and how many lack it."""
+    """What items have beside text, users beside their histories, and events: values or widths, and how many lack it."""
     out = []
     for key, what in (("features", "items"), ("user_features", "users")):
         rows = [["feature", "kind", "values or width", f"{what} without"]]
@@ -196,7 +196,10 @@ def _features(prepared: Prepared) -> list[Section]:
             for name, counts in features.items():
                 rows.append([name, kind, f"{counts.get('values', counts.get('width')):,}", f"{counts['missing']:,}"])
         out += [Section(f"Features of {what}", rows)] if len(rows) > 1 else []
-    return out
+    rows = [["feature", "categories", "events without", "of a category that no train event has"]]
+    for name, found in prepared.meta.get(event_features.META, {}).items():
+        rows.append([name, *(f"{n:,}" for n in (len(found["categories"]), found["missing"], found["unseen"]))])
+    return out + ([Section("Features of events", rows)] if len(rows) > 1 else [])
 
 
 def bad_input(prepared: Prepared) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rec_jax.config_places import columns_of
+from rec_jax.config_places import EVENT, columns_of
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.cloze import Cloze
 from rec_jax.data.packing import Rows, TextRows
-from rec_jax.data.places import EMPTY, of_places
+from rec_jax.data.places import empty, of_places
 from rec_jax.types import Batch, Ragged
 
 NONE = np.zeros(0, np.int32)  # no mined negatives
@@ -29,7 +29,7 @@ class BatchSpec:
       negative_items: places of M for them where nothing is encoded; see `with_negatives`.
       views: how two views of each packed history are made; None = none.
       drop_events: probability that an example leaves an event of its window out, drawn anew each epoch.
-      columns: of the records, that travel with the places of histories: some of "times", "ratings" and "users".
+      columns: of the records, that travel with the places of histories: some of "times", "ratings", "users" and "event_NAME".
       cloze: what of a window is hidden and sought; None: each place seeks the next item.
       shuffle_events: the events of a window come in random order, drawn anew each epoch.
     """
@@ -139,7 +139,7 @@ class Draft:
             self._rows = Rows(*shape, per_row=shape[1])
             self._windows: list[_Window] = []
             self._history, self._segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
-            self._columns = {name: np.full(shape, EMPTY[name], EMPTY[name].dtype) for name in spec.columns}
+            self._columns = {name: np.full(shape, empty(name), empty(name).dtype) for name in spec.columns}
             if spec.views is not None:
                 self._views, self._view_segments = np.full((2, *shape), -1, np.int32), np.zeros((2, *shape), np.int32)
                 self._view_places = np.full((2, spec.queries), -1, np.int32)
@@ -301,6 +301,7 @@ class Draft:
             out.history, out.history_segments = self._history, self._segments
             out.history_times, out.history_ratings = self._columns.get("times"), self._columns.get("ratings")
             out.history_users = self._columns.get("users")
+            out.history_events = {name: column for name, column in self._columns.items() if name.startswith(EVENT)} or None
             if self._spec.views is not None:
                 out.view_history, out.view_segments = self._views, self._view_segments
                 out.view_places, out.view_targets = self._view_places, self._view_targets

@@ -51,7 +51,9 @@ def settings_of(config: Any) -> dict[str, Any]:
             settings["user_features"]["separator"] = separator
     if not has_user_features(config):
         settings.pop("user_features")
-    if not (has_columns(config) or has_user_features(config)):
+    if not settings["event_features"]:
+        settings.pop("event_features")
+    if not (has_columns(config) or has_user_features(config) or config.data.event_features):
         for key in NO_PART_FEATURES:
             settings["on_bad"].pop(key)
     if not settings["impressions"]["split"]:

@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from rec_jax.config_places import columns_of
+from rec_jax.config_places import EVENT, INPUTS, columns_of
+from rec_jax.data import event_features
 from rec_jax.types import RecJaxError
 
 RATING_RANGES = 16  # ratings of more values than that are told apart by so many quantiles
 LONGEST = 2**31 - 1  # seconds, 68 years; longer is as long
 # Of a place without an event, or one of which it is not known
 EMPTY = {"times": np.int32(-1), "ratings": np.float32(np.nan), "users": np.int32(-1)}
+NO_FEATURE = np.int32(0)  # likewise, in a column of a feature of events
+
+
+def empty(column: str) -> Any:
+    """What a column has at a place without an event, or at one of which it is not known; in the column's type."""
+    return NO_FEATURE if column.startswith(EVENT) else EMPTY[column]
 
 
 def of_places(columns: Mapping[str, np.ndarray], first: np.ndarray | int = 0) -> dict[str, np.ndarray]:
@@ -21,7 +28,7 @@ def of_places(columns: Mapping[str, np.ndarray], first: np.ndarray | int = 0) ->
 
     `first` [n] says where each event's window begins; by default all are of one.
     """
-    out = {name: np.asarray(values, EMPTY[name].dtype) for name, values in columns.items() if name != "times"}
+    out = {name: np.asarray(values, empty(name).dtype) for name, values in columns.items() if name != "times"}
     if "times" in columns:
         times = np.asarray(columns["times"], np.int64)
         gone = times - times[first] if len(times) else times
@@ -44,6 +51,14 @@ def check(config: Any, meta: Mapping[str, Any]) -> None:
             f"read times of events, and config.data.path={config.data.path!r} (config.data.reader={config.data.reader!r}) has only their "
             "order: give an input with times, or leave out 'gap' and set time_bias=False and session_gap=0"
         )
+
+
+def event_rows(config: Any, prepared: Any) -> dict[str, int]:
+    """Rows of the table of each feature of events that the history tower reads, by name: one for none, and one a category."""
+    user = config.towers.user
+    read = [name for name in user.inputs if name not in INPUTS] if user.kind == "history" else []
+    categories = event_features.categories_of(prepared.meta) if read else {}
+    return {name: 1 + len(categories[name]) for name in read}
 
 
 def rating_edges(config: Any, prepared: Any) -> tuple[float, ...]:

@@ -28,8 +28,8 @@ from etils import epath
 
 from rec_jax.config_features import has_columns, has_user_features
 from rec_jax.config_places import columns_of
+from rec_jax.data import event_features, folders, places, readers, records, text
 from rec_jax.data import features as features_lib
-from rec_jax.data import folders, places, readers, records, text
 from rec_jax.data import impressions as impressions_lib
 from rec_jax.data.identity import FORMAT, identify, settings_of
 from rec_jax.data.impressions import Impressions
@@ -97,7 +97,7 @@ class Prepared:
     Attributes:
       folder: where it lies, maybe on gs://.
       meta: what meta.json says: counts, splits, settings, bad input.
-      columns: of the records, that histories come with ("times", "ratings").
+      columns: of the records, that histories come with ("times", "ratings", "event_NAME"), or "users".
     """
 
     folder: epath.Path
@@ -120,7 +120,10 @@ class Prepared:
         return folders.local_copy(self.folder, META)
 
     def source(self) -> records.Records:
-        """Random access to records: user [U rows] -> {"user" [], "items" [n], "times" [n], "ratings" [n], "splits" [n]}, oldest first."""
+        """Random access to records: user [U rows] -> {"user" [], "items" [n], "times" [n], "ratings" [n], "splits" [n]}, oldest first.
+
+        With `config.data.event_features` also "event_NAME" [n] int32 of each (`event_features.py`).
+        """
         return records.Records(self.local)
 
     def items(self) -> pl.DataFrame:
@@ -271,6 +274,11 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
         )
     rows = items[ROW].to_list()
     items = items.drop(ROW)
+    of_events, features = dict[str, np.ndarray](), dict[str, Any]()
+    if events.rows is not None:
+        train = events.split == SPLITS["train"]
+        of_events, found = event_features.code(tables.events, events.rows, train, config.data, report, tables.event_place)
+        features[event_features.META] = found
     del tables
     # An item that `empty_text` keeps without a text goes by its name.
     items = items.with_columns(text=pl.when(pl.col("text") == "").then("name").otherwise("text"))
@@ -284,20 +292,18 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
     (out / "events").mkdir()
     for name, array in (("items", events.item), ("splits", events.split), ("offsets", offsets)):
         np.save(out / "events" / f"{name}.npy", array)
-    columns = {"items": events.item, "times": events.time, "ratings": events.rating, "splits": events.split}
+    columns = {"items": events.item, "times": events.time, "ratings": events.rating, "splits": events.split, **of_events}
     records.write(columns, offsets, out)
     shown = {}
     if events.impressions is not None:
         _say(f"writing {len(events.impressions[0]):,} impressions")
         shown = {"impressions": impressions_lib.write(*events.impressions, out)}
-    features = {}
     if has_columns(config):
         place = lambda item: item_place(rows[item])
-        features = {
-            "features": features_lib.write(named.select(pl.all().gather(rows)), items["item"].to_list(), config.data, report, out, place)
-        }
+        mine = named.select(pl.all().gather(rows))
+        features["features"] = features_lib.write(mine, items["item"].to_list(), config.data, report, out, place)
     if has_user_features(config):
-        features |= {"user_features": features_lib.write_users(users["user"].to_list(), config.data, report, out)}
+        features["user_features"] = features_lib.write_users(users["user"].to_list(), config.data, report, out)
     return {"template": template, **_counts(events, report, clock), **shown, **features}
 
 

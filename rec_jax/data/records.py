@@ -11,7 +11,7 @@ import contextlib
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+from rec_jax.config_places import EVENT
 from rec_jax.types import RecJaxError
 
 SPLIT = "users"  # the one split of the TFDS data set ("all" is a reserved name there)
@@ -41,14 +42,14 @@ class Histories(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=T
     code_path = epath.Path(__file__)  # else TFDS 4.9.10 looks for it with importlib_resources, which it does not install
 
     def __init__(self, columns: Mapping[str, np.ndarray], offsets: np.ndarray, data_dir: str):
-        """columns {name of COLUMNS: [E]}, offsets [U + 1]: events of user i are [offsets[i], offsets[i + 1])."""
+        """columns {name of COLUMNS, or of a feature: [E]}, offsets [U + 1]: events of user i are [offsets[i], offsets[i + 1])."""
         self._columns, self._offsets = columns, offsets
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Arrays are kept as bytes: a list of protobuf integers costs about 60 ns a value, each way.
         features: dict[str, Any] = {"user": np.int32}
-        for name, dtype in COLUMNS.items():
+        for name, dtype in _dtypes(self._columns).items():
             features[name] = tfds.features.Tensor(shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
         return tfds.core.DatasetInfo(
             builder=self,
@@ -85,13 +86,20 @@ def _shards(offsets: np.ndarray) -> list[range]:
     return [range(int(a), int(b)) for a, b in itertools.pairwise(cuts)]
 
 
+def _dtypes(names: Iterable[str]) -> dict[str, Any]:
+    """The columns of records that have these: all of COLUMNS, and features of events."""
+    return COLUMNS | {name: np.int32 for name in names if name.startswith(EVENT)}
+
+
 def write(columns: Mapping[str, np.ndarray], offsets: np.ndarray, folder: Path) -> None:
     """columns {items, times, ratings, splits: [E]} sorted by user, offsets [U + 1] -> a TFDS data set under the local `folder`.
+
+    Columns `event_NAME` [E] int32, features of events, are written too.
 
     Raises:
       RecJaxError: a column of another dtype or length than the format has.
     """
-    for name, dtype in COLUMNS.items():
+    for name, dtype in _dtypes(columns).items():
         if columns[name].dtype != dtype or columns[name].shape != (int(offsets[-1]),):
             found = f"{columns[name].dtype} {columns[name].shape}"
             raise RecJaxError(f"column {name!r} of the histories is {found}; expected {np.dtype(dtype)} ({int(offsets[-1])},)")
@@ -102,7 +110,8 @@ def write(columns: Mapping[str, np.ndarray], offsets: np.ndarray, folder: Path) 
 
 
 class Records(Sequence):
-    """Random access to the records under `folder`: `records[user] -> {"user" [], "items" [n], "times" [n], "ratings" [n], "splits" [n]}`.
+    """Random access to the records under `folder`: `records[user] -> {"user" [], "items" [n], "times" [n], "ratings" [n], "splits" [n]}`,
+    with features of events as "event_NAME" [n].
 
     The arrays are read-only. Safe to share between threads; cheap to pickle (only the folder travels), so worker processes may be
     spawned with it.
@@ -154,6 +163,6 @@ def _encode(user: int, arrays: Record) -> bytes:
 
 def _decode(record: bytes) -> Record:
     feature = tf_example_pb2.Example.FromString(record).features.feature
-    out: Record = {name: np.frombuffer(feature[name].bytes_list.value[0], dtype) for name, dtype in COLUMNS.items()}
+    out: Record = {name: np.frombuffer(feature[name].bytes_list.value[0], dtype) for name, dtype in _dtypes(feature).items()}
     out["user"] = np.asarray(feature["user"].int64_list.value[0], np.int32)
     return out

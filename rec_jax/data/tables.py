@@ -27,7 +27,7 @@ KINDS = {
     "duplicate_event": ("events of the same user and item again", "to keep the first in time of each, or to 'keep' to keep all"),
     "unknown_item": ("events whose item is not in the items table", "to leave such events out and count them"),
     "short_user": ("users with fewer events than filter.min_user_events", "to leave such users out and count them"),
-    "missing_feature": ("features that items lack", "to count them as none"),
+    "missing_feature": ("features that items lack", "to count them as none"),  # or users, or events
     "bad_feature": ("values of numeric features that are no numbers", "to count them as none"),
     "min_rating": ("events rated below filter.min_rating", ""),
     "k_core": ("events outside the k-core of filter.k_core", ""),
@@ -85,6 +85,7 @@ class Tables:
       users: `user` (raw id) and demographics, if any.
       events: `user`, `item` (raw ids, of the dtypes above), `time` (int64: seconds, or the order where there is no clock),
         `rating` (float32; 1.0 where there is none). Beside impressions also `impression` (int64), the row there that it is, -1 = none.
+        `event_NAME` (text, "" = none) of each of config.data.event_features.
       report: bad input that was passed over.
       clock: whether `time` is a time; the order within a user otherwise.
       event_place: row of `events` -> "file:line", for messages.
@@ -184,6 +185,7 @@ class Coded:
       impressions: labelled impressions and their split [impressions] uint8; None where config.data.impressions.split is empty.
       backwards: events earlier than their user's event before them in the file, and users with such; of what the sort was given, which
         is before duplicates, k-core and short users are left out.
+      rows: [E], of the events table; None where config.data.event_features names none.
     """
 
     user: np.ndarray
@@ -195,6 +197,7 @@ class Coded:
     n_items: int
     impressions: tuple[Impressions, np.ndarray] | None = None
     backwards: tuple[int, int] = (0, 0)
+    rows: np.ndarray | None = None
 
 
 def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame, Coded]:
@@ -261,10 +264,11 @@ def code(tables: Tables, data: Any, seed: int = 0) -> tuple[pl.DataFrame, pl.Dat
         split = impressions_lib.split_of_events(tables.events, row_of, shown, impressions)
     else:
         split = split_lib.split(user, item, time, n_users, n_items, data.split, clock=tables.clock, seed=seed)
+    rows = row_of if data.event_features else None
     del row_of
     if kind == "events":
         impressions = impressions_lib.of_events(user, item, time, rating, split, n_items=n_items, data=data, seed=seed)
-    coded = Coded(user, item, time, rating, split, n_users, n_items, impressions, backwards)
+    coded = Coded(user, item, time, rating, split, n_users, n_items, impressions, backwards, rows)
     catalogue = items[items_kept].with_columns(pl.col("item").cast(pl.String))
     return catalogue, tables.users[users_kept].with_columns(pl.col("user").cast(pl.String)), coded
 

@@ -14,6 +14,7 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax import processes, towers
 from rec_jax.config_features import has_features, has_user_features
+from rec_jax.config_places import said
 from rec_jax.data import draft, feature_codes, packing, places, user_features, vocabulary
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.feature_codes import Coding
@@ -93,7 +94,8 @@ class Model:
         """Histories (catalogue indices, oldest first) -> user vectors [U, D], or [U, K, D] of several interests.
 
         `items` are `item_vectors`. Only the newest places count; one of them is hidden where the tower is not causal. Where the tower reads
-        times, ratings or features of users, those, or whose an event is, are in the histories' columns; without these they are unknown.
+        times, ratings, features of events or of users, those, or whose an event is, are in the histories' columns; without these they are
+        unknown.
         """
         if self.spec.user == "id":
             raise RecJaxError("config.towers.user.kind='id' has vectors of users, not of histories: it is measured on impressions")
@@ -107,7 +109,7 @@ class Model:
         out = np.zeros((len(histories), *shape), np.float32)
         for users, length in self._parts(by_length(np.minimum(histories.lengths() + hidden, size), size, block)):
             rows = np.full((block, length), -1, np.int32)
-            columns = {name: np.full(rows.shape, places.EMPTY[name], places.EMPTY[name].dtype) for name in read}
+            columns = {name: np.full(rows.shape, places.empty(name), places.empty(name).dtype) for name in read}
             for n, user in enumerate(users):
                 newest = histories[int(user)][hidden - length :]
                 rows[n, : len(newest)] = newest
@@ -154,7 +156,7 @@ class Model:
         wanted = self.spec.history.columns if self.spec.history is not None else ()
         if missing := [column for column in wanted if column not in eval_set.history.columns]:
             raise RecJaxError(
-                f"the history tower reads {missing[0]} of events (config.towers.user), and the histories of {name!r} come without: "
+                f"the history tower reads {said(missing[:1])} of events (config.towers.user), and the histories of {name!r} come without: "
                 "open the data by `prepare` with that config"
             )
         items = self.item_vectors(params) if items is None else items
@@ -229,6 +231,7 @@ def towers_of(
         features=None if coding is None else coding.sizes(),
         of_users=None if user_coding is None else user_coding.sizes(),
         ratings=places.rating_edges(config, prepared),
+        events=places.event_rows(config, prepared),
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import towers
-from rec_jax.data import packing
+from rec_jax.data import event_features, packing
 from rec_jax.eval import workdir as workdir_lib
 from rec_jax.eval.encoder import Say, encoder_of, text_table
 from rec_jax.eval.model import load
@@ -20,7 +21,7 @@ from rec_jax.types import Params, Ragged, RecJaxError
 
 
 def teacher_of(
-    config: Any, workdir: epath.Path, before: str | None, tokens: Ragged, say: Say
+    config: Any, workdir: epath.Path, before: str | None, tokens: Ragged, say: Say, *, meta: Mapping[str, Any]
 ) -> tuple[two_tower.TwoTowerSpec, dict[str, Any]]:
     """The teacher that `config.teacher` names -> (its towers, {"params", "table" [N, D_text], "features"?, "of_users"?}).
 
@@ -30,9 +31,10 @@ def teacher_of(
       before: the stage before the student's, its teacher where the config names none.
       tokens: of each catalogue item.
       say: told about text vectors.
+      meta: what meta.json says of the student's data, whose batches the teacher sees.
 
     Raises:
-      RecJaxError: no teacher, or one of another catalogue.
+      RecJaxError: no teacher, or one of another catalogue, or one that knows features of events by other numbers.
     """
     path, params, read = config.teacher.path, dict[str, Any](), dict[str, Any]()
     if path and _is_encoder(path):
@@ -40,14 +42,14 @@ def teacher_of(
         spec = towers_of_encoder(config, bert)
     else:
         stage = config.teacher.stage or (None if path else before)
-        spec, params, text_params, read = _trained(epath.Path(path or workdir), stage, path, tokens, say)
+        spec, params, text_params, read = _trained(epath.Path(path or workdir), stage, path, tokens, say, meta)
     spec = dataclasses.replace(two_tower.with_encoder(spec, config.teacher.source == "online"), task=None)
     table = text_table(config, tokens, text_params, spec.text, say, shared=True) if spec.item_text else None
     return spec, {"params": {**params, "text": text_params} if spec.encode else params, "table": table, **read}
 
 
 def _trained(
-    workdir: epath.Path, stage: str | None, path: str, tokens: Ragged, say: Say
+    workdir: epath.Path, stage: str | None, path: str, tokens: Ragged, say: Say, meta: Mapping[str, Any]
 ) -> tuple[two_tower.TwoTowerSpec, dict[str, Any], Params, dict[str, Any]]:
     """A stage of a workdir -> its towers, their parameters without encoder and task head, the encoder's, and the features they read."""
     if not path and stage is None:
@@ -56,6 +58,13 @@ def _trained(
     n_items = trained.model.prepared.n_items
     if n_items != len(tokens):
         raise RecJaxError(f"the teacher {workdir} knows {n_items:,} items, the student {len(tokens):,}: both must learn from the same data")
+    for feature, _ in trained.model.spec.history.events if trained.model.spec.history is not None else ():
+        of_teacher, of_student = (event_features.categories_of(m).get(feature) for m in (trained.model.prepared.meta, meta))
+        if of_student != of_teacher:
+            raise RecJaxError(
+                f"the teacher {workdir} and the student number the categories of {feature!r} (config.data.event_features) otherwise: both "
+                "must learn from the same data, with the same split"
+            )
     text_params = trained.params.get("text")
     if text_params is None:
         name = stage or (whole.stages[-1] if whole.stages else None)
@@ -78,7 +87,9 @@ def mark_of(config: Any) -> str:
 def towers_of_encoder(config: Any, bert: towers.BertSpec) -> two_tower.TwoTowerSpec:
     """Towers that are no more than an encoder: they make text vectors alone."""
     t, k = config.towers, packing.texts_per_row(config.batch.row_tokens)
-    return dataclasses.replace(two_tower.make_spec(t, bert, texts_per_row=k, n_items=0), user="none", n_ids=0, item_text=True, history=None)
+    none = dict.fromkeys(t.user.inputs, 1)  # the history tower, and its tables, go
+    made = two_tower.make_spec(t, bert, texts_per_row=k, n_items=0, events=none)
+    return dataclasses.replace(made, user="none", n_ids=0, item_text=True, history=None)
 
 
 def _is_encoder(path: str) -> bool:

@@ -53,7 +53,7 @@ class Recommender:
         raise RecJaxError(f"no item is called {name!r}. Nearest: {shown}")
 
     def recommend(self, history: Sequence[str], *, k: int = 10) -> list[Recommendation]:
-        """The k best items for a history of names or ids, oldest first; times and ratings, if the model reads any, are unknown.
+        """The k best items for a history of names or ids, oldest first; of their events, times, ratings and features are unknown.
 
         Raises:
           RecJaxError: an empty history, an unknown name, k < 1.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rec_jax.config_places import said
 from rec_jax.mesh import BATCH_AXES, over_batch
 from rec_jax.towers import features as features_lib
 from rec_jax.towers import history, interactions, interests, pretraining
@@ -169,10 +170,11 @@ def _users(
         pooled = _packed(params, spec, batch.user_tokens, batch.user_segments, _key(keys, "user"), chunk_rows, mesh)
         return text_item_vectors(params, spec, _lookup(pooled, batch.user_places))
     columns = {"times": batch.history_times, "ratings": batch.history_ratings, "users": batch.history_users}
-    if missing := [name for name in spec.history.columns if columns[name] is None]:
+    columns |= batch.history_events or {}
+    if missing := [name for name in spec.history.columns if columns.get(name) is None]:
         raise RecJaxError(
-            f"the history tower reads {missing[0]} of events, and the batch has none: config.towers.user.inputs, time_bias and session_gap "
-            "must ask for them in the stage that is trained, whose batches a teacher sees too"
+            f"the history tower reads {said(missing[:1])} of events, and the batch has none: config.towers.user.inputs, time_bias and "
+            "session_gap must ask for them in the stage that is trained, whose batches a teacher sees too"
         )
     columns = {name: columns[name] for name in spec.history.columns}
     places, segments, hides = jnp.asarray(batch.history), jnp.asarray(batch.history_segments), not spec.history.causal
@@ -195,8 +197,8 @@ def _histories(
 ) -> jax.Array:
     """Items of the batch [G, M, D], packed histories [G, R, S] of local indices -> user vectors [G, R * S, D]; [G, R * S, K, D] of several.
 
-    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones. `columns` are "times", "ratings" and
-    "users" of the places [G, R, S], the last with the `features` of all users.
+    With `hides`, a place of a segment that has no item gets the learned vector of hidden ones. `columns` are those of
+    `HistorySpec.columns` of the places [G, R, S], "users" with the `features` of all users.
     """
     assert spec.history is not None
     shards, rows, length = places.shape
@@ -206,7 +208,7 @@ def _histories(
     vectors = over_batch(seen.reshape(shards * rows, length, spec.dim))
     hidden = ((places < 0) & (segments > 0)).reshape(shards * rows, length) if hides else None
     flat, keys = segments.reshape(shards * rows, length), None if keys is None else keys.reshape(-1)
-    known = {name: jnp.asarray(column).reshape(flat.shape) for name, column in (columns or {}).items()}
+    known = history.arguments({name: jnp.asarray(column).reshape(flat.shape) for name, column in (columns or {}).items()})
     user = history.encode(params["user"], spec.history, vectors, flat, features=features, hidden=hidden, keys=keys, **known)
     user = over_batch(user.reshape(shards, rows * length, *user.shape[2:]))
     return unit_length(user) if spec.normalize else user

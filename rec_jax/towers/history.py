@@ -7,10 +7,14 @@ sees all of its segment, Sun et al., "BERT4Rec" (2019), section 3. Other layers 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rec_jax.config_places import EVENT
 from rec_jax.towers import features as features_lib
 from rec_jax.towers import places as places_lib
 from rec_jax.towers.bert import segment_positions
@@ -45,6 +49,7 @@ class _History(nn.Module):
         segment_ids: jax.Array,
         times: jax.Array,
         ratings: jax.Array,
+        events: Mapping[str, jax.Array],
         of_users: jax.Array | None,
         keys: jax.Array | None,
     ) -> jax.Array:
@@ -57,6 +62,8 @@ class _History(nn.Module):
             x = x + table("gap", places_lib.TIME_ROWS)(places_lib.time_rows(places_lib.gaps(times, segment_ids)))
         if "rating" in s.inputs:
             x = x + table("rating", 1 + len(s.ratings))(places_lib.rating_rows(ratings, s.ratings))
+        for name, rows in s.events:
+            x = x + table(EVENT + name, rows)(events[EVENT + name])
         x = x if of_users is None else x + of_users
         x = x if keys is None else dropout(x, fold(keys, "in"), s.dropout)
         mask = places_seen(segment_ids, causal=s.causal)
@@ -92,7 +99,8 @@ def init(key: jax.Array, spec: HistorySpec) -> Params:
     if "rating" in spec.inputs and not spec.ratings:
         raise RecJaxError("the history tower reads ratings and has no ranges of them: set HistorySpec.ratings (data.places.rating_edges)")
     places = jnp.ones((1, 2), jnp.int32)
-    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), places, places, places.astype(jnp.float32), None, None)["params"]
+    known = (places, places.astype(jnp.float32), {EVENT + name: places for name, _ in spec.events})
+    params = _History(spec).init(key, jnp.zeros((1, 2, spec.dim)), places, *known, None, None)["params"]
     params = _near_items(params, spec) if spec.near_items else params
     if spec.features is not None:
         params = {**params, "features": features_lib.init(fold(key, "features"), spec.features, spec.dim)}
@@ -115,6 +123,12 @@ def _near_items(params: Params, spec: HistorySpec) -> Params:
     return out
 
 
+def arguments(columns: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Columns of places by name, of `HistorySpec.columns` -> the arguments of `encode` that they are."""
+    events = {name: column for name, column in columns.items() if name.startswith(EVENT)}
+    return {name: column for name, column in columns.items() if name not in events} | ({"events": events} if events else {})
+
+
 def encode(
     params: Params,
     spec: HistorySpec,
@@ -123,6 +137,7 @@ def encode(
     *,
     times: jax.Array | None = None,
     ratings: jax.Array | None = None,
+    events: Mapping[str, jax.Array] | None = None,
     users: jax.Array | None = None,
     features: features_lib.Rows | None = None,
     hidden: jax.Array | None = None,
@@ -139,10 +154,11 @@ def encode(
       segment_ids: 1.. within a row; each segment lies in one piece.
       times: [R, S] int32, seconds of the places' events since any moment of their segment's own; -1 = unknown. None = all unknown.
       ratings: [R, S] float32, of the places' events; NaN = unknown. None = all unknown.
+      events: "event_NAME" -> [R, S] int32, category of the places' events in a feature; 0 = none or unknown. What is absent is all unknown.
       users: [R, S] int32, rows of `features` of the places' users; -1 = unknown, which adds nothing. None = all unknown.
       features: of all users, kind -> name -> [U, ...]; needed with `users`.
-      hidden: [R, S] bool, places whose item is hidden behind the learned vector, and time and rating are unknown; needs `spec.mask`.
-        None = none.
+      hidden: [R, S] bool, places whose item is hidden behind the learned vector, and time, rating and features of the event are unknown;
+        needs `spec.mask`. None = none.
       keys: [R] typed keys, one a row, for dropout; None = no dropout.
 
     Raises:
@@ -154,8 +170,11 @@ def encode(
         vectors = jnp.where(hidden[..., None], params["mask"].astype(vectors.dtype), vectors)
     times = jnp.full(segment_ids.shape, -1, jnp.int32) if times is None else jnp.asarray(times)
     ratings = jnp.full(segment_ids.shape, jnp.nan) if ratings is None else jnp.asarray(ratings)
+    kinds = {EVENT + name: jnp.zeros(segment_ids.shape, jnp.int32) for name, _ in spec.events}
+    kinds |= {name: jnp.asarray(column) for name, column in (events or {}).items() if name in kinds}
     if hidden is not None:
         times, ratings = jnp.where(hidden, -1, times), jnp.where(hidden, jnp.nan, ratings)
+        kinds = {name: jnp.where(hidden, 0, column) for name, column in kinds.items()}
     of_users = None
     if spec.features is not None and users is not None:
         if features is None:
@@ -165,4 +184,4 @@ def encode(
         of_users = features_lib.fuse(params["features"], spec.features, none, rows, vectors * spec.dim**0.5)
         of_users = jnp.where(jnp.asarray(users)[..., None] >= 0, of_users, 0.0)
     trained = {name: part for name, part in params.items() if name != "features"}
-    return jnp.asarray(_History(spec).apply({"params": trained}, vectors, segment_ids, times, ratings, of_users, keys))
+    return jnp.asarray(_History(spec).apply({"params": trained}, vectors, segment_ids, times, ratings, kinds, of_users, keys))

@@ -26,8 +26,9 @@ class HistorySpec:
       mask: a learned vector for hidden items.
       layer: of LAYERS.
       positions: of POSITIONS.
-      inputs: what a place knows beside its item, of `config_places.INPUTS`.
+      inputs: what a place knows beside its item, of `config_places.INPUTS` and `events`.
       ratings: lower ends of the ranges that ratings are told apart by, with the input "rating".
+      events: (name, rows of its table) of each input that is a feature of events; row 0 is for none or unknown.
       time_bias: scores have a bias by the time between two places.
       session_gap: seconds from which on a pause begins a session, which is all that the first half of the layers sees; 0 = off.
       causal: a place sees its past alone, and its vector is for the next item; False: all of its history, and the vector of a hidden place
@@ -50,6 +51,7 @@ class HistorySpec:
     positions: str = "learned"
     inputs: tuple[str, ...] = ()
     ratings: tuple[float, ...] = ()
+    events: tuple[tuple[str, int], ...] = ()
     time_bias: bool = False
     session_gap: int = 0
     causal: bool = True
@@ -62,7 +64,7 @@ class HistorySpec:
         for key, names, known in (
             ("layer", (self.layer,), LAYERS),
             ("positions", (self.positions,), POSITIONS),
-            ("inputs", self.inputs, tuple(INPUTS)),
+            ("inputs", self.inputs, (*INPUTS, *dict(self.events))),
             ("readout", (self.readout,), READOUTS),
         ):
             if not set(names) <= set(known):
@@ -70,5 +72,5 @@ class HistorySpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it reads of events: some of "times", "ratings" and "users"."""
+        """What it reads of events: some of "times", "ratings", "event_NAME" of features of events, and "users"."""
         return (*columns_read(self.inputs, self.time_bias, self.session_gap), *((USERS,) if self.features is not None else ()))

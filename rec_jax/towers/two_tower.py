@@ -102,6 +102,7 @@ def make_spec(
     features: Mapping[str, Mapping[str, int]] | None = None,
     of_users: Mapping[str, Mapping[str, int]] | None = None,
     ratings: tuple[float, ...] = (),
+    events: Mapping[str, int] | None = None,
 ) -> TwoTowerSpec:
     """The spec that `config.towers` states.
 
@@ -117,6 +118,7 @@ def make_spec(
       features: of items: kind -> name -> size, see `features.FeatureSpec`.
       of_users: features of users, likewise.
       ratings: of `HistorySpec`, where the history tower reads them.
+      events: rows of the table of each feature of events that it reads, by name.
 
     Raises:
       RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length, id_shrinkage or id_buckets,
@@ -147,6 +149,7 @@ def make_spec(
     tower = None
     if u.kind == "history":
         kinds = {"layer": u.layer, "positions": u.positions, "inputs": tuple(u.inputs), "ratings": ratings}
+        kinds |= {"events": tuple((events or {}).items())}
         times = {"time_bias": u.time_bias, "session_gap": u.session_gap}
         forms = {"mask": mask or not causal, "causal": causal, "interests": u.interests, "readout": u.readout}
         mine = None if of_users is None else features_lib.make_sum(of_users, towers.dim, u.attended)
@@ -361,7 +364,7 @@ def user_vectors(
     several interests.
 
     A tower that is not causal gets a hidden place behind the last item, and its vector there; where a history fills all S places, its
-    oldest item makes room. An empty history gives the vector of zeros: it prefers nothing. `columns` are "times", "ratings" and "users"
+    oldest item makes room. An empty history gives the vector of zeros: it prefers nothing. `columns` are those of `HistorySpec.columns`
     [U, S] of the events, as `history.encode` takes them, with the `features` of users; without them they are unknown.
     """
     if spec.history is None:
@@ -376,7 +379,7 @@ def user_vectors(
         last = jnp.minimum(there.sum(-1), histories.shape[1] - 1)
         there, hidden = places <= last[:, None], places == last[:, None]
     vectors = in_history(params, spec, jnp.take(jnp.asarray(items), jnp.maximum(histories, 0), axis=0), histories)
-    known = {name: jnp.asarray(column) for name, column in (columns or {}).items()}
+    known = history.arguments({name: jnp.asarray(column) for name, column in (columns or {}).items()})
     out = history.encode(params["user"], spec.history, vectors, there.astype(jnp.int32), features=features, hidden=hidden, **known)
     behind = (1,) * (out.ndim - 2)  # of users and places
     user = jnp.take_along_axis(out, last.reshape(-1, 1, *behind), axis=1)[:, 0]

@@ -21,7 +21,7 @@ from rec_jax import config as config_lib
 from rec_jax import config_flags, processes
 from rec_jax import mesh as mesh_lib
 from rec_jax.cli import main_of
-from rec_jax.data import corpus, describe, feature_codes, text, text_batches, user_features, vocabulary
+from rec_jax.data import corpus, describe, event_features, feature_codes, text, text_batches, user_features, vocabulary
 from rec_jax.data import start as start_lib
 from rec_jax.data.augment import Corruption, Deletion, Masking
 from rec_jax.data.prepare import Prepared, prepare
@@ -122,7 +122,7 @@ class _Run:
             share = 1.0
         start_lib.check_ratings(start, self._config_of((self.config.stages or ("",))[0]), self.prepared)
         self.difference = new = start_lib.difference(self.prepared, start.prepared)
-        rows = {"items": new.items, "users": new.users}
+        rows = {"items": new.items, "users": new.users, **event_features.rows_in(start.prepared.meta, self.prepared.meta)}
         self.start = carry.Carried(continual.params_of(start), rows, str(start.workdir), start.config.towers.item.id_buckets > 0)
         self.start_mark, self.replay = mark_of(start.folder), Replay(share, new.events)
         lengths = self.prepared.train_lengths()
@@ -256,7 +256,9 @@ class _Run:
             candidates=table,
             shared=True,
         )
-        taught = teacher.teacher_of(config, self.workdir, before, self.tokens, clock.say) if any(o.teacher for o in made) else (None, None)
+        taught: Any = (None, None)
+        if any(o.teacher for o in made):
+            taught = teacher.teacher_of(config, self.workdir, before, self.tokens, clock.say, meta=prepared.meta)
         inputs = stages.Inputs(
             prepared,
             self.tokens,

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rec_jax import mesh as mesh_lib
+from rec_jax.config_places import EVENT
 from rec_jax.types import Params, RecJaxError
 
 # What both must agree on; heads of tasks and learned scalars belong to objectives.
 GROUPS = ("item", "ids", "features", "user", "history_ids", "users")
 OF_USERS = "user/features/"  # features of users, which the history tower reads
+OF_EVENTS = "user/" + EVENT  # tables by features of events, which it reads too
 TABLES = {"ids/embedding": "items", "history_ids/embedding": "items", "users/embedding": "users"}
 
 
@@ -25,7 +27,8 @@ class Carried:
 
     Attributes:
       params: those of the old workdir, without its encoder.
-      rows: {"items" [N], "users" [U]}, row of each item and user in the old data, -1 = new.
+      rows: {"items" [N], "users" [U]}, row of each item and user in the old data, -1 = new; {"event_NAME" [V + 1]}, likewise of the rows of
+        tables by features of events.
       place: the old workdir, for messages.
       hashed: items' own vectors are those of a hashed table, with the same buckets in both (`data.start.check`).
     """
@@ -59,6 +62,11 @@ def laid_out(carried: Carried, fresh: Params) -> dict[str, Any]:
             out[group] = {leaf: table.at[kept].set(jnp.asarray(carried.params[group][leaf])[rows[kept]])}
     if "features" in out:
         out["features"] = _features(carried.params["features"], fresh["features"])
+    for name in (name for name in carried.rows if name.startswith(EVENT) and name in fresh.get("user", {})):
+        rows, table = carried.rows[name], jnp.asarray(fresh["user"][name]["embedding"])
+        kept = np.flatnonzero(rows >= 0)
+        before = jnp.asarray(carried.params["user"][name]["embedding"])
+        out["user"] = {**out["user"], name: {"embedding": table.at[kept].set(before[rows[kept]])}}
     if "features" in fresh.get("user", {}):
         out["user"] = {**out["user"], "features": _features(out["user"].get("features", {}), fresh["user"]["features"])}
     return out
@@ -89,6 +97,8 @@ def check(carried: Carried, fresh: Params) -> None:
         added = group not in carried.params  # a table of the new run alone begins as a fresh one does
         a, b = (shapes.get(name) for shapes in (old, new))
         if name in TABLES and a and b and not (carried.hashed and TABLES[name] == "items"):
+            a, b = a[1:], b[1:]
+        if name.startswith(OF_EVENTS) and a and b:
             a, b = a[1:], b[1:]
         if (group == "features" or name.startswith(OF_USERS)) and _may_grow(name.removeprefix("user/"), a, b):
             a, b = b, b

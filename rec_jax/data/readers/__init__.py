@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from rec_jax.config_places import EVENT
 from rec_jax.data import tables as tables_lib
 from rec_jax.data.readers import (
     amazon,
@@ -62,7 +63,8 @@ def read(data: Any) -> Tables:
     """Reads the tables that `config.data` names, applies the policies for duplicate item ids, adds display names, and checks the schema.
 
     Raises:
-      RecJaxError: no such reader, a missing file (says what the reader expects), or bad input whose policy is "error".
+      RecJaxError: no such reader, a missing file (says what the reader expects), or bad input whose policy is "error";
+        features of events that the reader does not give.
     """
     reader = _reader(data)
     where = files.resolve(data.path)
@@ -70,6 +72,12 @@ def read(data: Any) -> Tables:
         raise RecJaxError(f"config.data.path={data.path!r}: no such file or folder; reader {data.reader!r} expects {EXPECTS[data.reader]}")
     tables = tables_lib.unique_items(reader(data, Report()), data.on_bad)
     tables.items = tables_lib.with_names(tables.items)
+    if absent := [name for name in data.event_features if EVENT + name not in tables.events.columns]:
+        raise RecJaxError(
+            f"config.data.event_features names {absent[0]!r}, which config.data.reader={data.reader!r} does not find among the columns of "
+            f"the events of {data.path}: the readers table and recbole take any column that they do not read anyway, frappe those of the "
+            "context, and others none"
+        )
     tables_lib.check(tables)
     return tables
 

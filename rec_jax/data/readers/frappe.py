@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from rec_jax.config_places import EVENT
 from rec_jax.data import impressions
 from rec_jax.data.impressions import CONTEXT, LABEL, USED, ImpressionTable
 from rec_jax.data.readers import delimited, files
@@ -35,7 +36,8 @@ def read(data: Any, report: Report) -> Tables:
     apps, item_place = delimited.read(found["meta.csv"], texts, data.on_bad, report, separator="\t", optional=tuple(TEXTS))
     items = apps.select("item", *(pl.col(c).replace(dict.fromkeys(MISSING, "")).alias(new) for c, new in TEXTS.items()))
     order = pl.int_range(pl.len(), dtype=pl.Int64)
-    events = rows.select("user", "item", time=order, rating="cnt")
+    features = {EVENT + name: pl.col(name) for name in data.event_features if name in FIELDS}
+    events = rows.select("user", "item", time=order, rating="cnt", **features)
     shown = None
     if impressions.asked(data):
         context = [pl.col(field).alias(CONTEXT + field) for field in FIELDS]

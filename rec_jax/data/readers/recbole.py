@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 from etils import epath
 
+from rec_jax.config_places import EVENT
 from rec_jax.data.readers import delimited, files
 from rec_jax.data.readers.files import File
 from rec_jax.data.tables import Report, Tables, items_of, users_of
@@ -52,7 +53,7 @@ def _beside(parent: epath.Path, name: str) -> File | None:
 
 
 def read(data: Any, report: Report) -> Tables:
-    """Reads user_id, item_id and, where there, rating and timestamp of .inter; all columns of .item and .user.
+    """Reads user_id, item_id and, where there, rating, timestamp and features of events of .inter; all columns of .item and .user.
 
     Raises:
       RecJaxError: no .inter file, a header without types, bad rows whose policy is "error".
@@ -66,13 +67,16 @@ def read(data: Any, report: Report) -> Tables:
     header = _header(inter)
     columns: dict[str, Any] = {header["user_id"]: pl.String, header["item_id"]: pl.String}
     columns |= {header[c]: pl.Float64 for c in ("rating", "timestamp") if c in header}
-    events, event_place = delimited.read(inter, columns, data.on_bad, report, separator="\t")
+    features = {EVENT + name: header[name] for name in data.event_features if name in header and header[name] not in columns}
+    columns |= dict.fromkeys(features.values(), pl.String)
+    events, event_place = delimited.read(inter, columns, data.on_bad, report, separator="\t", optional=list(features.values()))
     order = pl.int_range(pl.len(), dtype=pl.Int64)
     events = events.select(
         user=pl.col(header["user_id"]),
         item=pl.col(header["item_id"]),
         time=pl.col(header["timestamp"]).cast(pl.Int64) if "timestamp" in header else order,
         rating=pl.col(header["rating"]).cast(pl.Float32) if "rating" in header else pl.lit(1.0, pl.Float32),
+        **{column: pl.col(full) for column, full in features.items()},
     )
     clock, name = "timestamp" in header, stem(inter.path)
     user_file, item_file = _beside(inter.path.parent, f"{name}.user"), _beside(inter.path.parent, f"{name}.item")

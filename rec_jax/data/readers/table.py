@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from rec_jax.config_places import EVENT
 from rec_jax.data import impressions
 from rec_jax.data.impressions import CONTEXT, LABEL, USED, ImpressionTable
 from rec_jax.data.readers import delimited, files, item_file
@@ -18,7 +19,7 @@ IMPRESSION_ROLES = {CONTEXT: "context", LABEL: "labels", "propensity": "propensi
 
 
 def read(data: Any, report: Report) -> Tables:
-    """Reads the columns that `data.columns` names; "" for time = the order in the file, for rating = 1.
+    """Reads the columns that `data.columns` and `data.event_features` name; "" for time = the order in the file, for rating = 1.
 
     Ids keep the type of a Parquet column (integers save memory) and are text otherwise. Times are numbers (seconds) or dates.
 
@@ -36,7 +37,7 @@ def read(data: Any, report: Report) -> Tables:
     unknown = [role for role in data.columns if role not in roles]
     if unknown:
         raise RecJaxError(f"config.data.columns.{unknown[0]}: no such role; roles: {', '.join(roles)}")
-    named |= _of_impressions(data)
+    named |= _of_impressions(data) | {EVENT + name: name for name in data.event_features}
     for role, column in named.items():
         other = next(r for r, c in named.items() if c == column)
         if other != role:
@@ -73,6 +74,8 @@ def _of_impressions(data: Any) -> dict[str, str]:
 
 def _key(role: str) -> str:
     """The config key that names the column of a role."""
+    if role.startswith(EVENT):
+        return "config.data.event_features"
     return "config.data.columns." + next((key for start, key in IMPRESSION_ROLES.items() if role.startswith(start)), role)
 
 
@@ -101,9 +104,11 @@ def _observed(rows: pl.DataFrame, place: delimited.Place, data: Any, report: Rep
 def _impressions(rows: pl.DataFrame, place: delimited.Place) -> tuple[pl.DataFrame, delimited.Place, ImpressionTable]:
     """All rows -> (events, row of them -> "file:line", impressions)."""
     labels = [c for c in rows.columns if c.startswith(LABEL)]
-    frame = rows.drop("rating") if labels else rows.drop("rating").with_columns(pl.lit(1.0, pl.Float32).alias(LABEL + USED))
+    features = [c for c in rows.columns if c.startswith(EVENT)]
+    frame = rows.drop("rating", *features)
+    frame = frame if labels else frame.with_columns(pl.lit(1.0, pl.Float32).alias(LABEL + USED))
     table = ImpressionTable(frame, positives=not labels, place=place)
-    events = rows.select(*ROLES, *labels[:1]).with_columns(impression=pl.int_range(pl.len(), dtype=pl.Int64))
+    events = rows.select(*ROLES, *features, *labels[:1]).with_columns(impression=pl.int_range(pl.len(), dtype=pl.Int64))
     if labels:
         events = events.filter(pl.col(labels[0]) > 0).drop(labels[0])
     impression = events["impression"].to_numpy()
@@ -150,9 +155,10 @@ def _seconds(texts: pl.Series) -> pl.Series:
 
 def _typed(role: str, column: pl.Expr, dtype: Any, place: str) -> pl.Expr:
     """A Parquet column in the type of its role."""
-    if role.startswith(CONTEXT):
+    if role.startswith((CONTEXT, EVENT)):
         if dtype.is_float() or dtype.is_nested():
-            raise RecJaxError(f"{place} is {dtype}; context fields are categories: text or whole numbers")
+            what = "context fields" if role.startswith(CONTEXT) else "features of events"
+            raise RecJaxError(f"{place} is {dtype}; {what} are categories: text or whole numbers")
         return column.cast(pl.String).fill_null("")
     if role not in ROLES and dtype == pl.Boolean:
         return column.cast(pl.Float32)
@@ -170,7 +176,7 @@ def _typed(role: str, column: pl.Expr, dtype: Any, place: str) -> pl.Expr:
 
 
 def _complete(events: pl.LazyFrame) -> pl.LazyFrame:
-    """The four columns of the events table, and those of impressions."""
+    """The four columns of the events table, and those of impressions and of features of events."""
     names = events.collect_schema().names()
     time = pl.col("time") if "time" in names else pl.int_range(pl.len(), dtype=pl.Int64)
     rating = pl.col("rating") if "rating" in names else pl.lit(1.0, pl.Float32)
