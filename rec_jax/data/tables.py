@@ -27,7 +27,7 @@ KINDS = {
     "duplicate_event": ("events of the same user and item again", "to keep the first in time of each, or to 'keep' to keep all"),
     "unknown_item": ("events whose item is not in the items table", "to leave such events out and count them"),
     "short_user": ("users with fewer events than filter.min_user_events", "to leave such users out and count them"),
-    "missing_feature": ("features that items lack", "to count them as none"),  # or users, or events
+    "missing_feature": ("features that items, users or events lack", "to count them as none"),
     "bad_feature": ("values of numeric features that are no numbers", "to count them as none"),
     "min_rating": ("events rated below filter.min_rating", ""),
     "k_core": ("events outside the k-core of filter.k_core", ""),
