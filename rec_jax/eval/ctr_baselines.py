@@ -57,6 +57,19 @@ class ClickModel:
         summed, squares = rows @ self.factors, rows @ (self.factors**2).sum(1)
         return self.bias + rows @ self.linear + ((summed**2).sum(1) - squares) / 2
 
+    def logits_of_all(self, fields: Array, field: int) -> np.ndarray:
+        """fields [B, F] int -> logits [B, size of the field] float64: of each row with every category of one field in its turn.
+
+        What the rows have in that field does not count. Raises as `logits`.
+        """
+        others = np.array(fields)
+        others[:, field] = -1
+        field %= len(self.sizes)
+        first = sum(self.sizes[:field])
+        mine = slice(first, first + self.sizes[field])
+        without = self.logits(others)
+        return without[:, None] + self.linear[mine] + _matrix(others, self.sizes) @ self.factors @ self.factors[mine].T
+
     def __call__(self, fields: Array) -> np.ndarray:
         """fields [B, F] int -> probabilities [B] float64. Raises as `logits`."""
         return scipy.special.expit(self.logits(fields))

@@ -130,11 +130,9 @@ def predictor(prepared: Prepared) -> Callable[[Impressions], np.ndarray]:
 
     rewards = (np.asarray(part.labels[:, 0]) for part in (train, valid))
     model = ctr_baselines.fit_logistic(fields(train, train.item), next(rewards), sizes, valid=(fields(valid, valid.item), next(rewards)))
-    of_items = model.linear[-prepared.n_items :]
 
     def predict(impressions: Impressions) -> np.ndarray:
-        without_item = model.logits(fields(impressions, np.full(len(impressions), -1)))
-        return scipy.special.expit(without_item[:, None] + of_items)
+        return scipy.special.expit(model.logits_of_all(fields(impressions, impressions.item), -1))
 
     return predict
 
