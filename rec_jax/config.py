@@ -151,6 +151,8 @@ def check(config: ConfigDict) -> None:
         _check_ids_alone(config)
     if config.eval.rerank < 0:
         raise RecJaxError(f"config.eval.rerank={config.eval.rerank}: must be at least 0, which ranks nothing anew")
+    if config.eval.top_n < -1:
+        raise RecJaxError(f"config.eval.top_n={config.eval.top_n}: expected how many positives are ranked, 0 for none, or -1 for all")
     if config.towers.user.kind == "id" and config.batch.kind == "histories":
         raise RecJaxError("config.towers.user.kind='id' knows no histories: set config.batch.kind='impressions', or another user tower")
     if config.batch.kind == "impressions" and config.towers.user.kind != "id":

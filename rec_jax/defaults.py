@@ -328,6 +328,9 @@ def defaults() -> ConfigDict:
     # Items of the ranking by the last histories stage before, or by popularity, that a stage of pairs ranks anew in the test; 0 = none:
     # there, as in validation, it is measured on each user's target beside batch.pair_negatives drawn items
     c.eval.rerank = 0
+    # With batch.kind="impressions": that many positives of the tested part, drawn by seed, are each ranked among all items by the
+    # task head's first logit, with their user and their context (rec_jax.eval.top_n); 0 = none, -1 = all of them
+    c.eval.top_n = 0
     c.eval.history_length = 0  # newest items of a history that make the user vector; 0 = batch.history_length
     c.eval.users_per_block = 256
     c.eval.items_per_block = 16384

@@ -297,7 +297,7 @@ def with_negatives(positives: Impressions, count: int, *, n_items: int, seed: in
     everything = np.arange(len(positives), dtype=np.int64)
     if not count:
         return positives, everything
-    case = _cases(positives)  # one number for each pair of user and context
+    case = cases(positives.user, positives.context, positives.sizes)  # one number for each pair of user and context
     used = np.unique(case * n_items + positives.item)
     all_used = np.flatnonzero(np.bincount(used // n_items) >= n_items)
     if len(all_used):
@@ -317,10 +317,10 @@ def with_negatives(positives: Impressions, count: int, *, n_items: int, seed: in
     return dataclasses.replace(positives, **joined), np.concatenate([everything, positive])
 
 
-def _cases(impressions: Impressions) -> np.ndarray:
-    """A number from 0 without gaps for each pair of user and context -> [E] int64."""
-    _, case = np.unique(impressions.user, return_inverse=True)
-    for column, size in zip(impressions.context.T, impressions.sizes, strict=True):
+def cases(user: np.ndarray, context: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """user [E], context [E, C] with sizes [C] -> a number from 0 without gaps for each pair of user and context [E] int64."""
+    _, case = np.unique(user, return_inverse=True)
+    for column, size in zip(context.T, sizes, strict=True):
         _, case = np.unique(case * (size + 1) + column + 1, return_inverse=True)
     return case.astype(np.int64)
 

@@ -15,7 +15,7 @@ from etils import epath
 from rec_jax import config as config_lib
 from rec_jax.data import vocabulary
 from rec_jax.data.prepare import Prepared, prepare
-from rec_jax.eval import baselines, bootstrap, cold, cross, fusion, labelled, logged, rankings, report
+from rec_jax.eval import baselines, bootstrap, cold, cross, fusion, labelled, logged, rankings, report, top_n
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, load_encoder, text_table, text_vectors, trained_text
 from rec_jax.eval.model import load, towers_of
 from rec_jax.eval.workdir import best_params, read_config
@@ -26,7 +26,7 @@ CLICK_COLUMNS = (
     "auc", "gauc", "log_loss", "normalized_entropy", "calibration_error", "slate_auc", "slate_mrr", "slate_ndcg@5", "slate_ndcg@10",
 )  # fmt: skip
 OVERRIDES = (
-    "eval.baselines", "eval.fuse", "eval.ease_max_items", "eval.ease_regularisation", "eval.ease_popularity_power",
+    "eval.baselines", "eval.fuse", "eval.ease_max_items", "eval.ease_regularisation", "eval.ease_popularity_power", "eval.top_n",
 )  # fmt: skip  # keys that an evaluation may set otherwise: they change no model
 TEXTS_TIMED = 512  # texts by which an encoder's speed is measured
 Metrics = dict[str, float]
@@ -99,6 +99,10 @@ def _stage(workdir: epath.Path, whole: Any, stage: str | None, split: str, say: 
             features = trained.model.features
             values = logged.Logged(trained.model.spec, prepared, temperature=policy.temperature, cap=policy.cap, features=features)
             found |= values.measure(trained.params, table, split, say)
+        if rank := top_n.ranker(config, prepared, split, say):
+            users_per_block = config.eval.users_per_block
+            scorer = top_n.of_towers(trained.params, trained.model.spec, trained.items, users_per_block=users_per_block)
+            found |= rank(scorer, stage or "model")
         if stage:
             report.write_json(folder / "eval" / f"{split}.json", found)
         return found, "labels"
@@ -198,10 +202,18 @@ def run(workdir: epath.PathLike, split: str = "test", *, overrides: Sequence[tup
             shown = {name: {c: m[f"{prefix}/{c}"] for c in columns if f"{prefix}/{c}" in m} for name, m in table.items()}
             say(f"\n{split}: {title}\n{report.table(shown)}")
     if clicks:
-        fitted = labelled.baselines(prepared, split, say)
-        flat |= {f"{name}/{metric.removeprefix(split + '/')}": v for name, metrics in fitted.items() for metric, v in metrics.items()}
+        rank = top_n.ranker(config, prepared, split, say)
+        fitted = labelled.baselines(prepared, split, say, rank)
+        counted = {name: rank(scorer(prepared), name) for name, scorer in top_n.COUNTED.items()} if rank else {}
+        for name, metrics in {**fitted, **counted}.items():
+            flat |= {f"{name}/{metric.removeprefix(split + '/')}": v for metric, v in metrics.items()}
         shown = {n: {c: m[f"{split}/{c}"] for c in CLICK_COLUMNS if f"{split}/{c}" in m} for n, m in {**fitted, **clicks}.items()}
         say(f"\n{split}: labels of impressions\n{report.table(shown, best=False)}")
+        for prefix, title in top_n.titles(split).items() if rank else ():
+            columns = [f"{prefix}/{c}" for c in COLUMNS if not c.startswith("recall")]  # of one target it is hr
+            every = {**counted, **fitted, **clicks}.items()
+            shown = {n: {c.removeprefix(prefix + "/"): m[c] for c in columns if c in m} for n, m in every}
+            say(f"\n{split}: {title}\n{report.table(shown)}")
         for name, metrics in clicks.items():
             if valued := logged.table_rows(metrics, split):
                 say(f"\n{split}: {name}, reward per {logged.PER:,} impressions by the log\n{report.table(valued, best=False)}")

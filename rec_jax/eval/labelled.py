@@ -11,7 +11,7 @@ import numpy as np
 from rec_jax.data.impression_batches import blocks
 from rec_jax.data.impressions import Impressions
 from rec_jax.data.prepare import Prepared
-from rec_jax.eval import ctr_baselines, pointwise_metrics, slates
+from rec_jax.eval import ctr_baselines, pointwise_metrics, slates, top_n
 from rec_jax.eval.encoder import Say
 from rec_jax.towers import batches, two_tower
 from rec_jax.types import Params
@@ -76,8 +76,11 @@ def _within_slates(scores: np.ndarray, labels: np.ndarray, impressions: Impressi
     return found if found["slates"] else {}
 
 
-def baselines(prepared: Prepared, split: str, say: Say) -> dict[str, dict[str, float]]:
-    """Each of BASELINES, fitted on the first task of the train part, its penalty chosen on the validation part -> metrics of `split`."""
+def baselines(prepared: Prepared, split: str, say: Say, rank: top_n.Ranker | None = None) -> dict[str, dict[str, float]]:
+    """Each of BASELINES, fitted on the first task of the train part, its penalty chosen on the validation part -> metrics of `split`.
+
+    With `rank` they have the metrics of top-n too.
+    """
     parts = {name: prepared.impressions(name) for name in {"train", "valid", split}}
     sizes = (prepared.n_users, prepared.n_items, *parts["train"].sizes)
     fields = {name: np.column_stack([part.user, part.item, part.context]) for name, part in parts.items()}
@@ -90,4 +93,5 @@ def baselines(prepared: Prepared, split: str, say: Say) -> dict[str, dict[str, f
         found |= _within_slates(logits, labels[split], parts[split]) if prepared.meta["clock"] else {}
         out[name] = {f"{split}/{metric}": value for metric, value in found.items()}
         say(f"  {name}: auc {found['auc']:.4f}")
+        out[name] |= rank(top_n.of_clicks(model), name) if rank else {}
     return out

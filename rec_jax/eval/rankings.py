@@ -134,8 +134,8 @@ def blocks(eval_set: EvalSet, users_per_block: int, exclude: Ragged | None = Non
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), users_per_block):
         rows = order[start : start + users_per_block]
-        padded = _padded(removed, rows, _bucket(int(lengths[rows].max())))
-        yield Block(rows, history.take(rows), _once(_padded(targets, rows, width)), padded)
+        left_out = padded(removed, rows, bucket(int(lengths[rows].max())))
+        yield Block(rows, history.take(rows), _once(padded(targets, rows, width)), left_out)
 
 
 def some_users(eval_set: EvalSet, most: int, *, seed: int) -> EvalSet:
@@ -188,8 +188,8 @@ def of_ranks(ids: np.ndarray, ranks: np.ndarray, ranks_all: np.ndarray, *, ks: S
     return Rankings(means, values, ids, ranks, ranks_all)
 
 
-def _padded(rows: Ragged, which: np.ndarray, width: int) -> np.ndarray:
-    """Rows -> [q, width] int32 with -1 behind."""
+def padded(rows: Ragged, which: np.ndarray, width: int) -> np.ndarray:
+    """Those rows [q] -> [q, width] int32 with -1 behind."""
     out = np.full((len(which), width), -1, np.int32)
     for place, n in enumerate(which):
         row = rows[int(n)]
@@ -203,9 +203,9 @@ def _once(targets: np.ndarray) -> np.ndarray:
     return np.where(again.any(2), -1, targets).astype(np.int32)
 
 
-def _bucket(width: int) -> int:
+def bucket(width: int) -> int:
     """Widths that the compiled code comes in: 16, 64, 256, ..."""
-    bucket = 16
-    while bucket < width:
-        bucket *= 4
-    return bucket
+    size = 16
+    while size < width:
+        size *= 4
+    return size

@@ -18,7 +18,7 @@ from rec_jax.types import RecJaxError
 # Keys that another machine may set otherwise without making it another run: they change no result.
 FREE_KEYS = (
     "mesh", "data.cache", "train.prefetch", "eval.users_per_block", "eval.examples", "eval.baselines", "eval.ease_max_items", "eval.fuse",
-    "eval.ease_regularisation", "eval.ease_popularity_power",
+    "eval.ease_regularisation", "eval.ease_popularity_power", "eval.top_n",
 )  # fmt: skip
 # Keys at values at which a stage is what it was before there were these keys.
 OFF_KEYS = {
