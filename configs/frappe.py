@@ -3,8 +3,8 @@
     python -m rec_jax.train --config=configs/frappe.py --config.data.path=DIR --workdir=runs/frappe
 
 DIR holds frappe.csv and meta.csv (Baltrunas et al., 2015). Users and items are ID vectors, items' texts beside them; a DCN-v2 head
-reads user, item and the context of each use (time of day, weekday, weather, country, city ...). The table at the end has a logistic
-regression and a factorisation machine fitted on the same split.
+reads user, item and the context of each use (time of day, weekday, weather, country, city ...). The tables at the end have a logistic
+regression and a factorisation machine fitted on the same split: labels of impressions, and each use among all apps in its context.
 """
 
 from rec_jax.defaults import defaults
@@ -44,7 +44,9 @@ def get_config(arg=None):
     c.train.monitor = "valid/log_loss"
     c.train.monitor_goal = "min"
     c.train.patience = 3
+    c.eval.top_n = -1
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
+        c.eval.top_n = 100
     return c
