@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from rec_jax.towers import bert
+from rec_jax.towers import bert, interactions
 from rec_jax.towers.bert import init as init_text
 from rec_jax.towers.interactions import InteractionSpec, apply, cross_scores, init, init_cross, score_all
 from rec_jax.types import RecJaxError
@@ -179,6 +179,35 @@ def test_score_all_equals_apply(name):
     if spec.context:
         unknown = run(params, spec, *pairs[:2], np.full((64, 2), -1))[:, task].reshape(4, 16)
         np.testing.assert_allclose(score(params, spec, users, items, task=task), unknown, atol=1e-5)
+
+
+ONCE = {
+    "mlp": HEADS["mlp"],
+    "dcn": InteractionSpec("dcn", hidden=(12, 7), cross_layers=3, tower=(5,), context=(3, 5), context_dim=4),
+    "dcn of low rank": InteractionSpec("dcn", tasks=2, hidden=(12,), cross_layers=2, cross_rank=3, tower=()),
+}
+
+
+@pytest.mark.parametrize("spec", ONCE.values(), ids=ONCE.keys())
+def test_what_is_of_the_user_alone_may_be_worked_out_once(spec, monkeypatch):
+    monkeypatch.setattr(interactions, "ITEMS_ONCE", 4)  # 10 items are two blocks and a half
+    params, random = random_params(spec), np.random.default_rng(3)
+    users, items = unit(random, 3, DIM), unit(random, 10, DIM)
+    context = np.stack([random.integers(-1, size, 3) for size in spec.context], 1) if spec.context else None
+    found = jax.jit(score_all, static_argnums=1, static_argnames=("task", "once"))(
+        params, spec, users, items, context, task=spec.tasks - 1, once=True
+    )
+    circumstances = [None] * 3 if context is None else context
+    pairs = [[reference(params, spec, u, i, c)[-1] for i in items] for u, c in zip(users, circumstances, strict=True)]
+    np.testing.assert_allclose(found, pairs, atol=2e-5 * np.abs(pairs).max())
+
+
+def test_heads_that_share_otherwise_are_scored_pair_by_pair():
+    for name in ("dot", "mmoe", "dcn"):  # the last without a network that tasks share
+        spec, (users, items, context) = HEADS[name], inputs(HEADS[name], 4)
+        params = random_params(spec)
+        once, plain = (score_all(params, spec, users, items, context, once=once) for once in (True, False))
+        np.testing.assert_array_equal(once, plain)
 
 
 def test_score_all_makes_a_block_of_features_at_a_time():

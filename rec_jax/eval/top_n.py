@@ -161,7 +161,8 @@ def of_towers(params: Params, spec: TwoTowerSpec, items: Array, *, users_per_blo
     @jax.jit
     def scores(params: Params, items: Array, user: Array, context: Array | None) -> jax.Array:
         users = ids.look_up(params["users"], user)
-        return interactions.score_all(params["task"], head, unit_length(users) if spec.normalize else users, items, context)
+        users = unit_length(users) if spec.normalize else users
+        return interactions.score_all(params["task"], head, users, items, context, once=True)
 
     def score(user: np.ndarray, context: np.ndarray) -> np.ndarray:
         few = ((0, users_per_block - len(user)),)  # one shape: it compiles once

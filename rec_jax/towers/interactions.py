@@ -23,6 +23,7 @@ from rec_jax.types import Array, Params, RecJaxError
 
 KINDS = ("dot", "mlp", "dcn")
 SHARINGS = ("bottom", "mmoe", "ple")
+ITEMS_ONCE = 1024  # items that `_score_once` takes at a time: what is made of them fits a cache
 BLOCK = 1 << 24  # elements of features that `score_all` makes at a time: 64 MB
 
 
@@ -147,6 +148,7 @@ def score_all(
     *,
     task: int = 0,
     block: int | None = None,
+    once: bool = False,
 ) -> jax.Array:
     """users [U, D], items [N, D], context [U, C] -> logits [U, N] of one task; the features of a block of items are made at a time.
 
@@ -156,6 +158,8 @@ def score_all(
       context: [U, C] int32, as of `apply`; None = unknown circumstances, -1 in all fields.
       task: column of the logits.
       block: items at a time; None = as many as BLOCK allows.
+      once: what is of the user and the context alone is worked out once for a user, not for each item (`_score_once`): the same numbers but
+        for their rounding, by a third of the products where many items are scored. For a network that all tasks share; others do without.
 
     Raises:
       RecJaxError: no such task, or a context that does not fit.
@@ -174,12 +178,64 @@ def score_all(
 
     if spec.kind == "dot":
         return score(items)
+    if once and spec.sharing == "bottom" and spec.hidden:
+        return _score_once(params, spec, users, items, rows, task)
     features = 3 * users.shape[-1] + len(spec.context) * spec.context_dim
     block = min(block or max(1, BLOCK // (users.shape[0] * features)), items.shape[0])
     blocks = -(-items.shape[0] // block)
     padded = jnp.pad(items, ((0, blocks * block - items.shape[0]), (0, 0))).reshape(blocks, block, -1)
     scores = jax.lax.map(score, padded)
     return jnp.moveaxis(scores, 0, 1).reshape(users.shape[0], -1)[:, : items.shape[0]]
+
+
+def _score_once(params: Params, spec: InteractionSpec, users: jax.Array, items: jax.Array, rows: jax.Array | None, task: int) -> jax.Array:
+    """users [U, D], items [N, D], rows [U, 1, C] -> logits [U, N] of one task, a user after the other.
+
+    A head's input is own, what is the same for all items of a user, beside pair [N, 2 D]. Through the cross layers own becomes
+    constant + known @ weights, with known [N, 2 D * layers] what pair was before each layer: nobody but the first dense layer asks for it,
+    and there the weights join the kernel's.
+    """
+    dim, unit = users.shape[1], users.shape[1] ** 0.5
+    apart = lambda x: (jnp.concatenate([x[:dim], x[3 * dim :]]), x[dim : 3 * dim])  # the features of own, and of pair
+    size = min(ITEMS_ONCE, items.shape[0])
+    blocks = jnp.pad(items, ((0, -items.shape[0] % size), (0, 0))).reshape(-1, size, dim)
+
+    def joined(kernel: jax.Array, bias: jax.Array, constant: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """kernel [F, out] of own's and pair's features -> [known and pair, out], and the bias with own's constant in it."""
+        of_own, of_pair = apart(kernel)
+        return jnp.concatenate([weights @ of_own, of_pair]), constant @ of_own + bias
+
+    def score(of_user: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        user, row = of_user
+        context = [] if row is None else [jnp.take(params["context"]["embedding"], row[0], axis=0, mode="fill", fill_value=jnp.nan)]
+        own = jnp.concatenate([user * unit, *(x.reshape(-1) for x in context)])
+        constant, weights, crosses = own, jnp.zeros((0, len(own))), []
+        for n in range(len(params.get("cross", {}))):
+            layer = params["cross"][f"layer_{n}"]
+            kernel = layer["down"] @ layer["kernel"] if "down" in layer else layer["kernel"]
+            made, bias = joined(kernel, layer["bias"], constant, weights)
+            (own_made, pair_made), (own_bias, pair_bias) = apart(made.T), apart(bias)
+            crosses.append((pair_made.T, pair_bias))
+            constant = own * own_bias + constant
+            weights = own_made.T * own + jnp.pad(weights, ((0, 2 * dim), (0, 0)))
+        dense = params["shared"]["layer_0"]
+        kernel, bias = joined(dense["kernel"], dense["bias"], constant, weights)
+        shared = {**params["shared"], "layer_0": {"kernel": kernel, "bias": bias}}
+
+        def of_block(some: jax.Array) -> jax.Array:
+            start = pair = jnp.concatenate([some * unit, (user * some) * unit**2], axis=-1)
+            known = jnp.zeros((some.shape[0], 0))
+            for kernel, bias in crosses:
+                known = jnp.concatenate([known, pair], axis=-1)
+                pair = start * (known @ kernel + bias) + pair
+            x = _mlp(shared, jnp.concatenate([known, pair], axis=-1), "", "", None, "shared", 0.0)
+            x = _mlp(params["tower"], x, "l", "", None, "tower", 0.0)
+            out = jnp.einsum("nlh,lh->nl" if spec.tower else "nh,lh->nl", x, params["out"]["kernel"])[:, task]
+            return params["dot"]["scale"][task] * (some @ user) + params["dot"]["bias"][task] + out
+
+        return jax.lax.map(of_block, blocks).reshape(-1)[: items.shape[0]]
+
+    return jax.lax.map(score, (users, rows))
 
 
 def _rows(spec: InteractionSpec, context: Array | None) -> jax.Array | None:
