@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
+from pathlib import Path
 
 import interactions_test
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from rec_jax import config as config_lib
 from rec_jax.data.impressions import Impressions
-from rec_jax.eval import ctr_baselines, labelled, top_n
+from rec_jax.eval import ctr_baselines, final, labelled, top_n
 from rec_jax.towers import interactions, two_tower
+from rec_jax.train import __main__ as command
+from rec_jax.train import plan
 from rec_jax.types import RecJaxError
 
+ROOT = Path(__file__).resolve().parents[1]
 U, N, DIM = 5, 30, interactions_test.DIM
 HEAD = interactions.InteractionSpec("dcn", hidden=(8,), cross_layers=2, tower=(4,), context=(2, 3), context_dim=4)
 KS = (1, 3, 10)
@@ -235,3 +242,55 @@ def test_what_cannot_be_ranked_is_refused():
 def test_it_is_off_by_default():
     assert config_lib.defaults().eval.top_n == 0
     assert top_n.ranker(tiny.config(), Prepared(), "test", print) is None
+
+
+def test_the_time_of_top_n_is_foretold_by_what_is_compiled():
+    """The products of one more item: known twice and thrice as wide before the cross layers, then the dense ones."""
+    expected = 2 * (12 * 12 + 24 * 12 + 36 * 8 + 8 * 4)
+    assert plan.top_n_flops(HEAD, DIM, 10) == 10 * expected
+    params = interactions_test.random_params(HEAD)
+
+    def flops(items: int) -> float:
+        shapes = jax.ShapeDtypeStruct((1, DIM), np.float32), jax.ShapeDtypeStruct((items, DIM), np.float32)
+        score = jax.jit(lambda u, i: interactions.score_all(params, HEAD, u, i, once=True))
+        return score.lower(*shapes).compile().cost_analysis()["flops"]
+
+    more = (flops(900) - flops(100)) / 800
+    assert expected < more < 1.4 * expected
+
+
+@pytest.fixture
+def frappe(tmp_path):
+    """A folder as the reader of Frappe wants it: 12 users, 20 apps, two places; what is used goes by user and place."""
+    random, folder = np.random.default_rng(0), tmp_path / "in"
+    folder.mkdir()
+    head = "user\titem\tcnt\tdaytime\tweekday\tisweekend\thomework\tcost\tweather\tcountry\tcity\n"
+    rows = []
+    for user in range(12):
+        for place in ("home", "work"):
+            for item in random.choice(20, 6, replace=False):
+                rows.append(f"{user}\t{item}\t1\tnoon\tmonday\tworkday\t{place}\tfree\tsunny\tSpain\t1\n")
+    (folder / "frappe.csv").write_text(head + "".join(rows))
+    apps = "".join(f"{n}\tp\tTools\t1\tMe\tx\ten\tLong\tApp {n}\tFree\t4\tShort {n}\n" for n in range(20))
+    columns = ("item", "package", "category", "downloads", "developer", "icon", "language", "description", "name", "price", "rating")
+    (folder / "meta.csv").write_text("\t".join((*columns, "short desc\n")) + apps)
+    return folder
+
+
+def test_the_command_ranks_and_an_evaluation_may_rank_others(frappe, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(labelled.BASELINES, "factorisation_machine")  # it takes longer than all the rest
+    flags = tiny.FLAGS | {"data.path": frappe, "train.duration": "2 steps", "towers.task.hidden": "(8,)", "towers.task.cross_layers": 1}
+    flags |= {"batch.shards": 8, "batch.impressions": 8, "eval.users_per_block": 16}
+    flags = [f"--config.{key}={value}" for key, value in flags.items()]
+    assert command.main([f"--config={ROOT}/configs/frappe.py", f"--workdir={tmp_path / 'w'}", *flags]) == 0
+    said = capsys.readouterr().out
+    positives = re.search(r"model: (\d+) positives in \d+ pairs of user and context, top-n: \d+ s", said)
+    assert positives, said
+    for title in top_n.titles("test").values():
+        assert title in said
+    figures = json.loads((tmp_path / "w" / "eval" / "test.json").read_text())
+    for row in ("test", "test_all", *(f"{name}{part}" for name in ("logistic", "most_used_by_user") for part in ("", "/test_all"))):
+        for metric in ("hr@10", "ndcg@5"):
+            assert 0 <= figures[f"{row}/{metric}"] <= 1
+    again = final.run(tmp_path / "w", overrides=[("eval.top_n", "5")], say=lambda _: None)
+    assert (5 * again["model"]["test/hr@5"]) % 1 == pytest.approx(0, abs=1e-9), "a share of five positives"

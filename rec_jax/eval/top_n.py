@@ -105,13 +105,13 @@ def ranker(config: Any, prepared: Prepared, split: str, say: Say) -> Ranker | No
     if not e.top_n:
         return None
     found = positives(prepared, split, most=e.top_n, seed=config.seed)
-    say(f"  top-n: {len(found.item):,} positives of {len(found.user):,} pairs of user and context, {found.n_items:,} items each")
     options: dict[str, Any] = {"ks": tuple(e.k), "name": split, "users_per_block": e.users_per_block}
 
     def measure(scorer: Scorer, name: str) -> dict[str, float]:
         began = time.perf_counter()
         metrics = rank(scorer, found, **options).metrics
-        say(f"  {name}: top-n in {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+        say(f"  {name}: {len(found.item):,} positives in {len(found.user):,} pairs of user and context, top-n: {seconds:.0f} s")
         return metrics
 
     return measure

@@ -338,7 +338,8 @@ class _Run:
         smaller = min(self.prepared.n_items, self.prepared.n_users)
         ease = "ease" in config.eval.baselines and smaller <= config.eval.ease_max_items
         kinds = [stage.batch.kind for _, stage, _ in self.planned]
-        expected = plan.test_seconds(kinds, smaller, ease=ease, encoding=self.encoding, speed=self.speed)
+        flops = sum(self._top_n_flops(stage) for _, stage, _ in self.planned if stage.batch.kind == "impressions")
+        expected = plan.test_seconds(kinds, smaller, ease=ease, encoding=self.encoding, speed=self.speed, top_n=flops)
         clock.part("test: the model and its baselines, every user against the whole catalogue", expected)
         final.run(workdir, say=clock.say)
         if config.stages:
@@ -353,6 +354,14 @@ class _Run:
         clock.say(f"  figures {workdir / 'eval' / 'test.json'}, curves {', '.join(curves)}")
         if last.batch.kind == "histories":
             clock.say(f'  recommend: python -m rec_jax.serve recommend --model={workdir} --history="TITLE" --k=10')
+
+    def _top_n_flops(self, config: Any) -> float:
+        """FLOP of a stage's top-n in the test, were each positive of another user or in another context."""
+        towers = model_lib.towers_of(config, self.prepared, self.encoder[1], self.coding, self.user_coding)
+        assert towers.task is not None  # a stage of impressions has one
+        positives = int((self.prepared.impressions("test").labels[:, 0] == 1).sum())
+        ranked = positives if config.eval.top_n < 0 else min(positives, config.eval.top_n)
+        return plan.top_n_flops(towers.task, towers.dim, ranked * self.prepared.n_items)
 
     def _compare(self, difference: start_lib.Difference) -> None:
         """What the run has gained and lost against the towers that it went on from, as they were, on the new catalogue."""

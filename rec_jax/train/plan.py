@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from rec_jax.data.pipeline import BatchSpec
 from rec_jax.towers.bert import BertSpec
+from rec_jax.towers.interactions import InteractionSpec
 from rec_jax.towers.interests import WIDER
 from rec_jax.train.forwards import StepSpec
 from rec_jax.types import Ragged
@@ -95,8 +97,21 @@ def encoding_seconds(spec: BertSpec, tokens: Ragged, *, row_tokens: int, speed: 
     return text_flops(spec, int(tokens.lengths().sum()), row_tokens=row_tokens, train=False) / speed / TEXT_SHARE
 
 
-def test_seconds(kinds: Sequence[str], n_items: int, *, ease: bool, encoding: float, speed: float) -> float:
-    """Seconds of the final test: each stage, the texts as they were before a stage on texts, and EASE's inverse, N^3 multiply-adds.
+def top_n_flops(spec: InteractionSpec, dim: int, pairs: int) -> float:
+    """FLOP of a head's logits of so many pairs of a case and an item, where what is of the case is worked out once (`score_all`).
+
+    Of a head whose tasks share otherwise than by one network it is what one would take.
+    """
+    if spec.kind == "dot":
+        return 2.0 * dim * pairs
+    pair, layers = 2 * dim, spec.cross_layers if spec.kind == "dcn" else 0
+    crosses = sum(n * pair * pair for n in range(1, layers + 1))
+    dense = sum(a * b for a, b in itertools.pairwise((pair * (layers + 1), *spec.hidden, *spec.tower)))
+    return 2.0 * (crosses + dense) * pairs
+
+
+def test_seconds(kinds: Sequence[str], n_items: int, *, ease: bool, encoding: float, speed: float, top_n: float = 0.0) -> float:
+    """Seconds of the final test: each stage, the texts as they were before a stage on texts, EASE's inverse, N^3 multiply-adds, and top-n.
 
     Args:
       kinds: of the stages' batches.
@@ -104,5 +119,7 @@ def test_seconds(kinds: Sequence[str], n_items: int, *, ease: bool, encoding: fl
       ease: whether EASE is measured.
       encoding: seconds of encoding the catalogue's texts by the run's own encoder.
       speed: FLOP/s.
+      top_n: FLOP of what `top_n_flops` counts, in all stages.
     """
-    return STAGE_SECONDS * len(kinds) + encoding * ("texts" in kinds) + (2.0 * n_items**3 / speed / STEP_SHARE if ease else 0.0)
+    flops = top_n + (2.0 * n_items**3 if ease else 0.0)
+    return STAGE_SECONDS * len(kinds) + encoding * ("texts" in kinds) + flops / speed / STEP_SHARE
