@@ -61,6 +61,7 @@ BASELINES = ("popularity", "recent_popularity", "item_knn", "sequence_knn", "eas
 PLUS = "+"  # between the names of config.eval.fuse
 CHOICES = {
     "batch.kind": ("histories", "impressions", "texts", "pairs"),
+    "batch.event_weight": ("", "rating", "log_rating"),
     "data.split.kind": ("leave_one_out", "temporal", "ratio", "random", "cold_item", "impressions"),
     "data.split.history": ("earlier", "train"),
     "data.impressions.split": ("", "random", "temporal", "events"),

@@ -13,6 +13,11 @@ def check_histories(config: ConfigDict) -> None:
     batch, user = config.batch, config.towers.user
     if not 0 <= batch.drop_events < 1:
         raise RecJaxError(f"config.batch.drop_events={batch.drop_events!r}: must be at least 0 and below 1; 0 leaves none out")
+    if batch.event_weight and batch.kind != "histories":
+        raise RecJaxError(
+            f"config.batch.event_weight={batch.event_weight!r} weighs the events of histories, and config.batch.kind is {batch.kind!r}: "
+            "set it to '' there"
+        )
     timed = user.positions != "none" or "gap" in user.inputs or user.time_bias or user.session_gap
     if batch.shuffle_events and user.kind == "history" and timed:
         raise RecJaxError(

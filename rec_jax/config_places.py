@@ -30,14 +30,25 @@ def said(columns: Sequence[str]) -> str:
 
 
 def columns_of(config: Any) -> tuple[str, ...]:
-    """The columns of the events that any stage of a config reads."""
+    """The columns of the events that any stage of a config reads: those of places, and ratings where they are weights."""
+    weighs = any(over.get("batch", {}).get("event_weight", config.batch.event_weight) for over in _stages(config))
+    return tuple(sorted({*place_columns(config), *(("ratings",) if weighs else ())}))
+
+
+def place_columns(config: Any) -> tuple[str, ...]:
+    """The columns of the events that the places of histories have, for the towers of any stage of a config."""
     out: set[str] = set()
-    for over in ({}, *(config.stage[name].to_dict() for name in config.stages)):
+    for over in _stages(config):
         user = {**config.towers.user.to_dict(), **over.get("towers", {}).get("user", {})}
         if user["kind"] == "history":
             out.update(columns_read(user["inputs"], user["time_bias"], user["session_gap"]))
             out.update((USERS,) if any(config.data.user_features.values()) else ())
     return tuple(sorted(out))
+
+
+def _stages(config: Any) -> list[dict[str, Any]]:
+    """What the stages of a config lay over it, and first nothing: the config itself."""
+    return [{}, *(config.stage[name].to_dict() for name in config.stages)]
 
 
 def check_places(config: Any) -> None:

@@ -30,6 +30,10 @@ def defaults() -> ConfigDict:
     c.batch.cloze_last = 0.1  # with cloze: probability that a window's last place alone is hidden, which is what ranking asks
     # A window's events come in a new random order each epoch, for data without order; with kind="histories" and user.positions="none"
     c.batch.shuffle_events = False
+    # What a target weighs in the loss: "" = all the same | rating: its event's rating, like hours played | log_rating: log(1 + rating);
+    # each over its mean among the train events. A batch's loss is the weighted mean over its targets, of several info_nce.positives each
+    # by its own weight. Candidates, draws and log Q are what they are without; only with kind="histories"
+    c.batch.event_weight = ""
     c.batch.max_items = 128  # M, unique items; only where texts are encoded in the step
     c.batch.text_rows = 16  # R, packed rows of item texts; only where texts are encoded in the step
     c.batch.row_tokens = 64  # T, tokens of a packed row

@@ -119,7 +119,7 @@ class Batch:
       user_segments: [G, R, T] int32.
       user_places: [G, Q] int32, where each query's pooled vector stands in the flattened [R * K].
       targets: [G, Q] int32 local, the item that follows each query (Q = H * S for a history tower), or that is hidden there; -1 is none.
-      weights: [G, Q] float32, weight of each query in the loss; 0 for padding.
+      weights: [G, Q] float32, 1 for a query with a target, 0 for padding.
       examples: [G, E] int32, row of the users table behind each example, -1 is empty; for messages only.
       negatives: [G, Q, K] int32 local, mined negatives of each query's user, -1 is none; an item of the query's own window is none.
         None without `config.data.negatives`.
@@ -134,6 +134,8 @@ class Batch:
       context: [G, Q, C] int32, categories of each query's circumstances, -1 is unknown.
       labels: [G, Q, L] float32, what was observed of each query's target, a column per task; NaN is not observed.
       propensities: [G, Q] float32, probability with which the logging policy showed the target.
+      event_weights: [G, Q] float32, what the event of each query's target weighs in means over queries, which may be 0; 0 for padding.
+        None unless `config.batch.event_weight` says that they differ.
     """
 
     item_ids: Any
@@ -166,6 +168,7 @@ class Batch:
     context: Any = None
     labels: Any = None
     propensities: Any = None
+    event_weights: Any = None
 
 
 @jax.tree_util.register_dataclass

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rec_jax.config_places import EVENT, columns_of
+from rec_jax.config_places import EVENT, place_columns
 from rec_jax.data.augment import HistoryViews
 from rec_jax.data.cloze import Cloze
+from rec_jax.data.event_weights import EventWeight
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.data.places import empty, of_places
 from rec_jax.types import Batch, Ragged
@@ -69,7 +70,7 @@ class BatchSpec:
             encode_items=config.towers.text.source == "tokens",
             views=HistoryViews.from_config(config) if config.towers.user.kind == "history" else None,
             drop_events=b.drop_events,
-            columns=columns_of(config),
+            columns=place_columns(config),
             cloze=Cloze.from_config(config),
             shuffle_events=b.shuffle_events,
         )
@@ -120,10 +121,13 @@ class Draft:
       texts: tokens of each catalogue item; None where nothing is encoded.
       negatives: [U, K] mined negatives of each user; None without.
       seed: of the places where written-out histories are cut, of views, and of what is hidden.
+      event_weight: what targets weigh by the column "ratings" of their windows; None: they weigh the same.
     """
 
-    def __init__(self, spec: BatchSpec, texts: Ragged | None, negatives: np.ndarray | None, seed: int):
-        self._spec, self._texts, self._mined, self._seed = spec, texts, negatives, seed
+    def __init__(
+        self, spec: BatchSpec, texts: Ragged | None, negatives: np.ndarray | None, seed: int, event_weight: EventWeight | None = None
+    ):
+        self._spec, self._texts, self._mined, self._seed, self._event_weight = spec, texts, negatives, seed, event_weight
         # Items get their local indices as they come where they may not all fit, else all at once in the end, which is quicker.
         self._bounded = spec.encode_items or negatives is not None or spec.user_kind != "history"
         self._index: dict[int, int] = {}
@@ -132,6 +136,7 @@ class Draft:
         self._item_rows = TextRows(spec.text_rows, spec.row_tokens) if spec.encode_items else None
         self._targets = np.full(spec.queries, -1, np.int32)
         self._weights = np.zeros(spec.queries, np.float32)
+        self._event_weights = None if event_weight is None else np.zeros(spec.queries, np.float32)
         self._negatives = None if negatives is None else np.full((spec.queries, spec.negatives), -1, np.int32)
         self._examples: list[int] = []
         if spec.user_kind == "history":
@@ -157,7 +162,7 @@ class Draft:
         if self._spec.user_kind == "history":
             added = self._add_history(user, items, columns, position)
         else:
-            added = self._add_text(items, self._negatives_of(user, items), position)
+            added = self._add_text(items, columns, self._negatives_of(user, items), position)
         if added:
             self._examples.append(user)
         return added
@@ -202,13 +207,15 @@ class Draft:
         here = ~last
         self._segments.reshape(-1)[place[here]] = segments[window[here]]
         if cloze is None:
-            inputs, sought, targets = local[here], place[here], local[np.flatnonzero(here) + 1]
+            inputs, sought, targets = local[here], place[here], np.flatnonzero(here) + 1
         else:
             draws = (cloze.draw(len(w.items), self._seed, w.position) for w in windows)
             hidden = np.concatenate(list(draws))
-            inputs, sought, targets = np.where(hidden, -1, local), place[hidden], local[hidden]
+            inputs, sought, targets = np.where(hidden, -1, local), place[hidden], np.flatnonzero(hidden)
         self._history.reshape(-1)[place[here]] = inputs
-        self._targets[sought], self._weights[sought] = targets, 1.0
+        self._targets[sought], self._weights[sought] = local[targets], 1.0
+        if self._event_weight is not None and self._event_weights is not None:
+            self._event_weights[sought] = self._event_weight(np.concatenate([w.columns["ratings"] for w in windows]))[targets]
         if self._columns:
             columns = {name: np.concatenate([w.columns[name] for w in windows]) for name in self._columns}
             for name, values in of_places(columns, first[window]).items():
@@ -241,7 +248,7 @@ class Draft:
             self._view_places[n, number] = row * self._spec.history_length + offset + len(view) - 1
         self._view_targets[number] = window[-1]
 
-    def _add_text(self, items: np.ndarray, mined: np.ndarray, position: int) -> bool:
+    def _add_text(self, items: np.ndarray, columns: Mapping[str, np.ndarray], mined: np.ndarray, position: int) -> bool:
         number, texts = len(self._examples), self._texts
         assert texts is not None
         if number == self._spec.queries:
@@ -258,6 +265,8 @@ class Draft:
         self._user_places[number] = self._user_rows.write(text, at)
         self._targets[number] = self._index[int(items[cut])]
         self._weights[number] = 1.0
+        if self._event_weight is not None and self._event_weights is not None:
+            self._event_weights[number] = self._event_weight(columns["ratings"][cut : cut + 1])[0]
         self._put_negatives(np.asarray([number]), mined)
         return True
 
@@ -293,7 +302,7 @@ class Draft:
             self._write_histories()
         examples = np.full(self._spec.queries, -1, np.int32)
         examples[: len(self._examples)] = self._examples
-        out = Batch(self._item_ids, self._targets, self._weights, examples, negatives=self._negatives)
+        out = Batch(self._item_ids, self._targets, self._weights, examples, negatives=self._negatives, event_weights=self._event_weights)
         if self._item_rows is not None:
             out.item_tokens, out.item_segments = self._item_rows.tokens, self._item_rows.segments
             out.item_places = self._item_places

@@ -15,6 +15,7 @@ import numpy as np
 
 from rec_jax.data.augment import kept_events, uniform_by_place
 from rec_jax.data.draft import BatchSpec, Draft
+from rec_jax.data.event_weights import EventWeight
 from rec_jax.data.packing import Rows, TextRows
 from rec_jax.data.windows import Example, Order, Replay, Turns, Windows
 from rec_jax.types import Batch, Ragged, RecJaxError
@@ -128,8 +129,8 @@ class Batches(WindowBatches):
     """Endless batches [local shards, ...] of numpy arrays; see the module's text for their order.
 
     Args:
-      histories: train events of each user, with the columns that `spec` names; or, where memory does not hold them, random access to
-        records, one user's whole history {"items" [n], "splits" [n]} each, with the columns.
+      histories: train events of each user, with the columns that `spec` names, and "ratings" for weights; or, where memory does not hold
+        them, random access to records, one user's whole history {"items" [n], "splits" [n]} each, with the columns.
       train_lengths: [U] train events of each user.
       spec: the budgets.
       seed: of the order, a new one each epoch.
@@ -137,6 +138,7 @@ class Batches(WindowBatches):
       negatives: [U, K] int32, mined negatives of each user, -1 is none; they travel in `Batch.negatives`.
       replay: what is new, and how much of the rest comes; None = all.
       shards: the global shards that this process makes; all by default.
+      event_weight: what targets weigh by the ratings of their events; None: they weigh the same.
 
     Raises:
       RecJaxError: nothing to train on, or nothing new; a text or a window that no budget holds, negatives of other users.
@@ -153,6 +155,7 @@ class Batches(WindowBatches):
         negatives: np.ndarray | None = None,
         replay: Replay | None = None,
         shards: range | None = None,
+        event_weight: EventWeight | None = None,
     ):
         super().__init__()
         windows = Windows.of(np.asarray(train_lengths), spec.window)
@@ -163,12 +166,13 @@ class Batches(WindowBatches):
                 raise RecJaxError(f"negatives {negatives.shape}: expected [U, K] with U = {len(train_lengths)} users")
             places = windows.stop - windows.start - (spec.cloze is None)
             spec = spec.with_negatives(negatives.shape[1], float(places.mean()))
-        self.spec, self.seed, self.texts, self.negatives = spec, seed, texts, negatives
+        self.spec, self.seed, self.texts, self.negatives, self.event_weight = spec, seed, texts, negatives, event_weight
         self._check(windows)
         whole = spec.cloze is not None
         turns = None if replay is None or replay.share == 1 else replay.turns(windows, np.asarray(train_lengths), whole=whole)
         self._windows, self._lengths, self._turns = windows, np.asarray(train_lengths, np.int64), turns
-        self._set_order(histories, windows, shards, turns=turns, columns=spec.columns)
+        rated = ("ratings",) if event_weight is not None and "ratings" not in spec.columns else ()
+        self._set_order(histories, windows, shards, turns=turns, columns=(*spec.columns, *rated))
 
     def _check(self, windows: Windows) -> None:
         s = self.spec
@@ -208,7 +212,7 @@ class Batches(WindowBatches):
 
     def draft(self) -> Draft:
         """See `WindowBatches`."""
-        return Draft(self.spec, self.texts, self.negatives, self.seed)
+        return Draft(self.spec, self.texts, self.negatives, self.seed, self.event_weight)
 
     def times_predicted(self) -> np.ndarray:
         """How often an epoch predicts each train event, on average [E] float64, user by user; a user's first event never but in a cloze."""

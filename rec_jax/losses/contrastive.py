@@ -31,6 +31,7 @@ def info_nce(
     target: Array | None = None,
     positive: Array | None = None,
     positive_mask: Array | None = None,
+    positive_weights: Array | None = None,
     weights: Array | None = None,
     log_q: Array | None = None,
     log_q_strength: float = 1.0,
@@ -80,6 +81,7 @@ def info_nce(
       positive: [B, K, D] vectors of the positives in the targets' stead; `target` then only says which candidates are their copies. Needed
         on a mesh for several positives.
       positive_mask: [B, K] bool, False for a positive that is not there.
+      positive_weights: [B, K] float >= 0, of several positives in the mean of their losses; None: they weigh the same.
       weights: [B] float that multiply the losses; a query of weight 0 is padding and no candidate of the symmetric form.
       log_q: [N] log of the probability that one drawn candidate is this item; None where candidates are not sampled. Gets no gradient.
       log_q_strength: factor of the correction; 1 is the theory's, 0 turns it off.
@@ -122,6 +124,7 @@ def info_nce(
         target=target,
         positive=positive,
         positive_mask=positive_mask,
+        positive_weights=positive_weights,
         log_q=log_q,
         log_q_strength=log_q_strength,
         log_q_form=log_q_form,
@@ -149,6 +152,7 @@ class Options(TypedDict, total=False):
     target: Array | None
     positive: Array | None
     positive_mask: Array | None
+    positive_weights: Array | None
     log_q: Array | None
     log_q_strength: float
     log_q_form: str | None
@@ -234,6 +238,7 @@ def _problems(
     target: Array | None = None,
     positive: Array | None = None,
     positive_mask: Array | None = None,
+    positive_weights: Array | None = None,
     log_q: Array | None = None,
     log_q_strength: float = 1.0,
     log_q_form: str | None = None,
@@ -268,6 +273,7 @@ def _problems(
         target=target,
         positive=positive,
         positive_mask=positive_mask,
+        positive_weights=positive_weights,
         bias=bias,
         target_bias=target_bias,
         query_ids=query_ids,

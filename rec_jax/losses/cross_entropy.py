@@ -167,8 +167,11 @@ def _cross_entropy(kept: Statistics, positives: softmax.Positives, *, label_smoo
 
 
 def mean_of_positives(values: Any, positives: softmax.Positives) -> Any:
-    """values [B, K] -> mean over each query's positives [B]."""
+    """values [B, K] -> mean over each query's positives [B], by their weights where they have some; 0 where all of these are."""
     if values.shape[1] == 1:
         return values[:, 0]
     there = positives.there > 0
+    if positives.weights is not None:
+        total = positives.weights.sum(1)
+        return jnp.where(there, positives.weights * values, 0).sum(1) / jnp.where(total > 0, total, 1)
     return jnp.where(there, values, 0).sum(1) / jnp.maximum(positives.there.sum(1), 1)

@@ -48,12 +48,14 @@ class Positives(NamedTuple):
       there: [B, K] float, 1 for a positive that is there.
       hard: [B, H] logits of hard negatives of their own, -inf for none; or None.
       floor: [B] the lowest logit that there can be, or None.
+      weights: [B, K] of the positives in their query's mean, or None: they weigh the same.
     """
 
     logits: Any
     there: Any
     hard: Any
     floor: Any = None
+    weights: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ def make_problem(
     target: Array | None,
     positive: Array | None = None,
     positive_mask: Array | None = None,
+    positive_weights: Array | None = None,
     bias: Array | None = None,
     target_bias: Array | None = None,
     query_ids: Array | None = None,
@@ -128,6 +131,7 @@ def make_problem(
         ("weights", weights, (b,), "one weight per query"),
         ("positive", positive, (b, width, np.shape(query)[1]), "vectors of each query's positives, as many as it has targets"),
         ("positive_mask", positive_mask, (b, width), "one per positive"),
+        ("positive_weights", positive_weights, (b, width), "one weight per positive"),
     ):
         if value is not None:
             check_shape(name, value, shape, what)
@@ -158,7 +162,7 @@ def make_problem(
     positives: Positives | None = None
     if positive is None and not aligned and mesh is not None:
         # Looking the targets up would gather vectors across devices: the fold meets them anyway.
-        if width > 1 or target_bias is not None:
+        if width > 1 or target_bias is not None or positive_weights is not None:
             raise RecJaxError("several targets, or a bias of their own, on a mesh need the vectors of the positives: pass `positive`")
         if hard is not None:
             positives = Positives(None, there, hard)
@@ -173,7 +177,8 @@ def make_problem(
         if target_bias is not None:
             own_bias = jnp.where(own_bias == -jnp.inf, -jnp.inf, jnp.asarray(target_bias, dtype)[:, None])
         logits = scale * jnp.einsum("bd,bkd->bk", query, own, preferred_element_type=dtype) + own_bias
-        positives = Positives(jnp.where(there, logits, 0), there.astype(dtype), hard)
+        shares = None if positive_weights is None else jnp.where(there, jnp.asarray(positive_weights, dtype), 0)
+        positives = Positives(jnp.where(there, logits, 0), there.astype(dtype), hard, weights=shares)
     return Problem(side, (first, *(_further(c, b_, dtype) for c, b_ in negatives)), scale, positives, mesh, axis)
 
 

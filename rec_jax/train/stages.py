@@ -12,7 +12,7 @@ from etils import epath
 
 from rec_jax import config as config_lib
 from rec_jax import mesh as mesh_lib
-from rec_jax.data import negatives
+from rec_jax.data import event_weights, negatives
 from rec_jax.data.augment import Corruption
 from rec_jax.data.draft import BatchSpec
 from rec_jax.data.impression_batches import ImpressionBatches, ImpressionSpec
@@ -153,7 +153,17 @@ def make_batches(config: Any, inputs: Inputs, mesh: jax.sharding.Mesh) -> Any:
         mined = negatives.read(file, fingerprint=prepared.meta["fingerprint"], users=prepared.n_users, items=prepared.n_items)
     lengths = prepared.train_lengths()
     texts, replay = inputs.tokens, inputs.replay
-    return Batches(prepared.train_source(), lengths, spec, seed=config.seed, texts=texts, negatives=mined, replay=replay, shards=shards)
+    return Batches(
+        prepared.train_source(),
+        lengths,
+        spec,
+        seed=config.seed,
+        texts=texts,
+        negatives=mined,
+        replay=replay,
+        shards=shards,
+        event_weight=event_weights.of_run(config, prepared),
+    )
 
 
 def fresh(config: Any, spec: StepSpec, text_params: Params, table: np.ndarray | None) -> dict[str, Any]:

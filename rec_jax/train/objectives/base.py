@@ -111,10 +111,15 @@ def targets(outputs: Outputs, batch: Batch) -> jax.Array:
     return flat(lookup(outputs.item, batch.targets))
 
 
-def mean_weights(batch: Batch) -> jax.Array:
-    """Weights [G * Q] that sum to 1; all 0 for a batch without targets."""
-    weights = batch.weights.reshape(-1)
+def shares(weights: Any) -> jax.Array:
+    """weights [...] -> shares [product of ...] that sum to 1; all 0 where all weights are."""
+    weights = weights.reshape(-1)
     return weights / jnp.maximum(weights.sum(), 1e-6)
+
+
+def mean_weights(batch: Batch) -> jax.Array:
+    """What each query weighs in a mean over the batch's targets [G * Q]: they sum to 1; all 0 for a batch without targets."""
+    return shares(batch.weights if batch.event_weights is None else batch.weights * batch.event_weights)
 
 
 @jax.custom_vjp

@@ -151,6 +151,21 @@ def drawn_places(key: jax.Array, weights: jax.Array, places: int) -> jax.Array:
     return jax.lax.top_k(draw, min(places, there.shape[1]))[1].astype(jnp.int32)
 
 
+def weights_of(batch: Batch, spec: InfoNCESpec) -> tuple[Any, jax.Array | None]:
+    """-> (weights of the queries [G, Q]; of their positives [G, Q, K], None unless there are several and their events differ in weight).
+
+    Several positives give their query the mean of their weights, so that with the weighted mean of their losses each has a K-th of its own.
+    """
+    if batch.event_weights is None:
+        return batch.weights, None
+    if spec.positives == 1:
+        return batch.weights * batch.event_weights, None
+    following = next_places(batch, spec.positives)
+    there = following >= 0
+    of_positives = jnp.where(there, base.lookup(batch.event_weights, following), 0)
+    return batch.weights * of_positives.sum(-1) / jnp.maximum(there.sum(-1), 1), of_positives
+
+
 def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec) -> tuple[jax.Array, dict[str, jax.Array]]:
     """InfoNCE of every query against the targets of the global batch and what joins them, or the whole catalogue -> (loss, metrics).
 
@@ -164,13 +179,17 @@ def info_nce(outputs: Outputs, batch: Batch, context: Context, spec: InfoNCESpec
     prefixes after Kusupati et al., "Matryoshka Representation Learning" (2022), section 3; the popularity prior after Menon et al.,
     "Long-Tail Learning via Logit Adjustment" (2021), the logit adjusted softmax cross-entropy.
     """
-    tau, weights, places = temperature(context.scalars, spec), base.mean_weights(batch), None
+    tau, places = temperature(context.scalars, spec), None
+    weights, of_positives = weights_of(batch, spec)
     if spec.places:
         places = drawn_places(context.rng, batch.weights, spec.places)
-        weights = base.flat(base.lookup(batch.weights, places))
-        weights = weights / jnp.maximum(weights.sum(), 1e-6)
+        weights = base.lookup(weights, places)
+    weights = base.shares(weights)
     catalogue = spec.candidates == "catalogue"
     made = _catalogue(outputs, batch, context, spec, places) if catalogue else _batch(outputs, batch, context, spec)
+    if of_positives is not None:
+        of_positives = of_positives if places is None else base.lookup(of_positives, places)
+        made = [{**problem, "positive_weights": base.flat(of_positives)} for problem in made]
     # A catalogue that every device holds whole needs no ring: queries are split over the devices, and gradients are summed.
     ring = spec.candidates == "batch" or spec.shard_catalogue
     mesh, axes = (context.mesh, context.axes) if ring else (None, None)

@@ -81,8 +81,8 @@ def bce(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec) -> tupl
 def _against_batch(outputs: Outputs, batch: Batch, context: Context, spec: BCESpec, scale: Any, bias: Any) -> jax.Array:
     """Losses [G * Q] against targets of the global batch."""
     query, ids = base.flat(outputs.user), base.flat(base.target_ids(batch))
-    # Negatives are drawn by weight, so that padding is never one of them.
-    logits = jnp.log(jnp.maximum(base.mean_weights(batch), 1e-30))
+    # Negatives are drawn where there is a target, whatever its event weighs, so that padding is never one of them.
+    logits = jnp.log(jnp.maximum(base.shares(batch.weights), 1e-30))
     negatives = jax.random.categorical(context.rng, logits, shape=(query.shape[0], spec.negatives))
     return bce_with_negatives(
         query,
