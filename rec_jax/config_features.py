@@ -38,11 +38,8 @@ def check_features(config: ConfigDict) -> None:
     for group in ("features", "user_features"):
         for kind in (kind for kind in FEATURES if kind in config.data[group]):
             _check_names(f"config.data.{group}.{kind}", config.data[group][kind], paths=kind == "vectors")
-    if bool(config.data.users) != has_user_features(config):
-        raise RecJaxError(
-            f"config.data.users={config.data.users!r} and config.data.user_features go together: name the file, and columns of it; or "
-            "neither"
-        )
+    if config.data.users and not has_user_features(config):
+        raise RecJaxError(f"config.data.users={config.data.users!r}: name columns of it in config.data.user_features, or no file")
     if has_user_features(config) and (config.towers.user.kind != "history" or config.batch.cloze):
         raise RecJaxError(
             "config.data.user_features are read by a history tower that sees the past alone: set config.towers.user.kind='history' and "

@@ -38,9 +38,11 @@ def data_defaults() -> ConfigDict:
     d.features.numeric = ()  # columns with a number a cell
     # Files of vectors by item id (of images, audio, ...), PATH or NAME=PATH each: .npz or .safetensors with `ids` and `vectors`, .parquet
     d.features.vectors = ()
-    d.users = ""  # Parquet, CSV or TSV with user_id and columns of user_features; users whom it lacks have none. "" = no such file
-    # Columns of data.users that the history tower reads: their vectors are added at each place of a user's history. Friends are a
-    # multi-hot column of ids. Kinds, policies (an `item` there is a user here) and separator as for data.features
+    # Parquet, CSV or TSV with user_id and columns of user_features; users whom it lacks have none. "" = the columns that the reader itself
+    # gives (lastfm: friends; movielens: gender, age, occupation; open_bandit and recbole: all that the data has of users)
+    d.users = ""
+    # Columns of users that the history tower reads: their vectors are added at each place of a user's history. Friends are a multi-hot
+    # column of ids. Kinds, policies (an `item` there is a user here) and separator as for data.features
     d.user_features = ConfigDict()
     d.user_features.categorical = ()
     d.user_features.multi_hot = ()

@@ -49,7 +49,7 @@ def test_lastfm(tmp_path):
         (51, "Duran Duran", "new wave, 80's, pop, b, c"),  # by users, then in the order of tags.dat, the first five
         (60, "Nobody", ""),
     ]
-    assert rows(out.users, "user", "friends") == [(2, "9"), (9, "2 44")]
+    assert rows(out.users, "user", "friends") == [(2, "9"), (9, "2, 44")]
     assert not out.clock
     assert out.event_place(1).endswith("user_artists.dat:3")
     assert out.item_place(1).endswith("artists.dat:3")

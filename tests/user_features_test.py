@@ -10,8 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 import tiny
+from scene_readers_test import LASTFM
+from scene_readers_test import folder as write_lastfm
 
-from rec_jax.data import describe, prepare
+from rec_jax.data import describe, prepare, user_features
 from rec_jax.eval import final, model
 from rec_jax.serve.recommend import Recommender
 from rec_jax.towers import features, history
@@ -187,11 +189,55 @@ def test_bad_files_are_refused(tmp_path, change, message):
         prepare.prepare(config_of(folder))
 
 
+def lastfm(folder, **changes):
+    return tiny.config(**{
+        "data.reader": "lastfm", "data.path": str(folder), "data.cache": f"{folder}/cache", "data.filter.min_user_events": 1,
+        "data.split.history": "train", "data.split.kind": "random", "data.user_features.multi_hot": ("friends",), **changes,
+    })  # fmt: skip
+
+
+def test_a_readers_own_columns_need_no_file(tmp_path):
+    """Friends of Last.fm, from its files to the numbers of the tower; the same as from a file of users, and only there they count."""
+    write_lastfm(tmp_path / "own", LASTFM)
+    prepared = prepare.prepare(lastfm(tmp_path / "own"))
+    assert pl.read_parquet(prepared.local / "user_features.parquet")["multi_hot.friends"].to_list() == [["9"], ["2", "44"]]
+    coding = user_features.coding_of_run(lastfm(tmp_path / "own"), prepared)
+    assert coding.multi_hot == {"friends": ["2", "44", "9"]}
+    rows = user_features.arrays(coding, prepared)
+    assert rows["multi_hot"]["friends"].tolist() == [[3, 0], [1, 2]]
+    assert prepared.meta["user_features"]["multi_hot"]["friends"] == {"values": 3, "missing": 0}
+    (tmp_path / "users.tsv").write_text("user_id\tfriends\n9\t2, 44\n2\t9\n")
+    of_file = prepare.prepare(lastfm(tmp_path / "own", **{"data.users": f"{tmp_path}/users.tsv"}))
+    assert of_file.folder != prepared.folder
+    named = user_features.arrays(coding, of_file)
+    jax.tree.map(np.testing.assert_array_equal, named, rows)
+
+
+def test_a_user_of_whom_the_reader_says_nothing(tmp_path):
+    write_lastfm(tmp_path, LASTFM, **{"user_friends.dat": "userID\tfriendID\n9\t2\n"})
+    prepared = prepare.prepare(lastfm(tmp_path))
+    assert prepared.meta["user_features"]["multi_hot"]["friends"] == {"values": 1, "missing": 1}
+    assert prepared.meta["bad_input"]["missing_feature"]["examples"][0].endswith("user '2': column friends is empty")
+    message = r"config\.data\.path='.*user '2': column friends is empty"
+    with pytest.raises(RecJaxError, match=message):
+        prepare.prepare(lastfm(tmp_path, **{"data.on_bad.missing_feature": "error"}))
+
+
+def test_a_column_that_the_reader_does_not_give(tmp_path):
+    write_lastfm(tmp_path, LASTFM)
+    changes = {"data.user_features.multi_hot": (), "data.user_features.numeric": ("age",)}
+    message = r"numeric names 'age', which is no column of the users; these have: friends \(config\.data\.users='' means .*'lastfm'"
+    with pytest.raises(RecJaxError, match=message):
+        prepare.prepare(lastfm(tmp_path, **changes))
+    (tmp_path / "user_friends.dat").unlink()
+    with pytest.raises(RecJaxError, match=r"names 'friends', which is no column of the users; these have: none \("):
+        prepare.prepare(lastfm(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.users": "users.tsv"}, r"data\.users='users\.tsv' and config\.data\.user_features go together"),
-        ({"data.user_features.numeric": ("age",)}, r"data\.users='' and config\.data\.user_features go together"),
+        ({"data.users": "users.tsv"}, r"data\.users='users\.tsv': name columns of it in config\.data\.user_features, or no file"),
         (
             {"data.users": "u.tsv", "data.user_features.categorical": ("friends",), "towers.user.attended": ("friends",)},
             r"attended=\('friends',\): expected some of config\.data\.user_features\.multi_hot=\(\)",

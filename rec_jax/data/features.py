@@ -37,7 +37,8 @@ def columns_of(table: pl.DataFrame, data: Any, group: str = "features", what: st
         for name in data[group][kind]:
             if name not in table.columns:
                 raise RecJaxError(
-                    f"config.data.{group}.{kind} names {name!r}, which is no column of the {what}; these have: {', '.join(table.columns)}"
+                    f"config.data.{group}.{kind} names {name!r}, which is no column of the {what}; these have: "
+                    f"{', '.join(table.columns) or 'none'}"
                 )
     names = list(dict.fromkeys(name for kind in COLUMNS for name in data[group][kind]))
     return table.select(_text(table.schema[name], name, data.features.separator) for name in names)
@@ -108,12 +109,34 @@ def write_columns(
     return meta
 
 
-def write_users(users: Sequence[str], data: Any, report: Report, out: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Columns of `config.data.users` by user [U] -> USER_FILE under `out`; what meta.json says of each.
+def write_users(users: pl.DataFrame, data: Any, report: Report, out: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """The users table [U rows] -> USER_FILE under `out`; what meta.json says of each column.
+
+    The columns are those of the file `config.data.users` or, where it names none, those that the reader gave.
 
     Raises:
       RecJaxError: as `write`; no such column, a user twice, a file with none of these users.
     """
+    names = users["user"].to_list()
+    if data.users:
+        mine, where = _of_file(names, data, report)
+    else:
+        mine, where = _of_reader(users, data), lambda _: f"config.data.path={data.path!r}"
+    return write_columns(mine, names, data, report, out / USER_FILE, where, group="user_features", what="user")
+
+
+def _of_reader(users: pl.DataFrame, data: Any) -> pl.DataFrame:
+    """The columns of the users table that `config.data.user_features` names [U rows], as text."""
+    try:
+        return columns_of(users.drop("user"), data, "user_features", "users")
+    except RecJaxError as e:
+        raise RecJaxError(
+            f"{e} (config.data.users='' means what config.data.reader={data.reader!r} reads of users; a file that it names may have more)"
+        ) from e
+
+
+def _of_file(users: Sequence[str], data: Any, report: Report) -> tuple[pl.DataFrame, Callable[[int], str]]:
+    """Users [U] -> their columns in the file `config.data.users` [U rows], as text, and user -> "file:line"."""
     frame, place = item_file.read(data, report, pl.String, item_file.USER_COLUMNS, key="users")
     names, rows = frame["item"].to_list(), dict[str, int]()
     for row, name in enumerate(names):
@@ -126,8 +149,7 @@ def write_users(users: Sequence[str], data: Any, report: Report, out: Path) -> d
     columns = columns_of(frame, data, "user_features", "users")
     wanted = pl.Series([row if row >= 0 else None for row in found], dtype=pl.UInt32)
     mine = columns.select(pl.all().gather(wanted)).fill_null("")
-    where = lambda user: place(found[user]) if found[user] >= 0 else f"config.data.users={data.users!r}"
-    return write_columns(mine, users, data, report, out / USER_FILE, where, group="user_features", what="user")
+    return mine, lambda user: place(found[user]) if found[user] >= 0 else f"config.data.users={data.users!r}"
 
 
 def read_columns(folder: Path, file: str = FILE) -> dict[str, dict[str, pl.Series]]:

@@ -25,7 +25,7 @@ NO_PART_EMPTY = ("context", "labels", "propensity")  # of config.data.columns
 def identify(config: Any) -> tuple[epath.Path, str, list[dict[str, Any]]]:
     """Config -> (prepared folder, fingerprint, input files)."""
     given = [file.path for file in vectors.sources(config.data.features.vectors).values()]
-    given += [files.single(config.data.users, "config.data.users").path] if has_user_features(config) else []
+    given += [files.single(config.data.users, "config.data.users").path] if config.data.users else []
     inputs = [_input(path) for path in (*readers.inputs(config.data), *given)]
     settings = settings_of(config)
     whole = {"format": FORMAT, "inputs": inputs, "settings": settings}

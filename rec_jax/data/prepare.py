@@ -9,6 +9,7 @@ A prepared folder, `<cache>/<name>-<fingerprint>/`:
     items.parquet  in index order, with the rendered `text`
     users.parquet  in index order
     features.parquet, vectors/   of items, where config.data.features names some (`features.py`)
+    user_features.parquet        of users, where config.data.user_features names some
     meta.json      counts, settings, bad input; a folder without it does not count
 """
 
@@ -303,7 +304,7 @@ def _write(config: Any, out: Path) -> dict[str, Any]:
         mine = named.select(pl.all().gather(rows))
         features["features"] = features_lib.write(mine, items["item"].to_list(), config.data, report, out, place)
     if has_user_features(config):
-        features["user_features"] = features_lib.write_users(users["user"].to_list(), config.data, report, out)
+        features["user_features"] = features_lib.write_users(users, config.data, report, out)
     return {"template": template, **_counts(events, report, clock), **shown, **features}
 
 

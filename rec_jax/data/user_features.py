@@ -1,4 +1,4 @@
-"""Features of users, which the history tower reads: columns of `config.data.users`, by the users of the prepared data.
+"""Features of users, which the history tower reads: columns of `config.data.users` or of the reader, by the users of the prepared data.
 
 user_features.parquet    of a prepared folder, in the order of its users, as features.parquet is of items
 user_features.json       of a workdir: what the towers' numbers mean (`feature_codes`)

@@ -21,7 +21,7 @@ def read(data: Any, report: Report) -> Tables:
     """Reads each (user, artist) as an event whose rating is the count of listens, in the order of the file: there is no time.
 
     An artist's `title` is its name, its `genres` the TAGS tags that most users gave it, where tags.dat and user_taggedartists.dat are
-    there. A user's `friends` are their ids, joined by spaces, where user_friends.dat is there; "" for none.
+    there. A user's `friends` are their ids, joined by ", ", where user_friends.dat is there; "" for none.
 
     Raises:
       RecJaxError: a missing file; bad rows whose policy is "error".
@@ -60,7 +60,7 @@ def _top_tags(found: Mapping[str, File], on_bad: Mapping[str, str], report: Repo
 
 
 def _friends(file: File, on_bad: Mapping[str, str], report: Report) -> pl.DataFrame:
-    """-> user, friends: their ids in the order of the file, joined by spaces."""
+    """-> user, friends: their ids in the order of the file, joined by ", "."""
     pairs, _ = delimited.read(file, {"userID": pl.Int32, "friendID": pl.Int32}, on_bad, report, separator="\t")
-    joined = pairs.group_by("userID", maintain_order=True).agg(pl.col("friendID").cast(pl.String).str.join(" "))
+    joined = pairs.group_by("userID", maintain_order=True).agg(pl.col("friendID").cast(pl.String).str.join(", "))
     return joined.rename({"userID": "user", "friendID": "friends"})
