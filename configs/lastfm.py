@@ -8,8 +8,8 @@ Recall@10 and NDCG@10, mean and spread of three seeds, each with its own split: 
 .213 ± .004, both together .227 ± .007 and .222 ± .005; published, on another draw of the split, LightGCN .206 and .197, MHCN, which reads
 friends, .212 and .207. EASE's constants were chosen on another draw of the split, its test in view. Two to four minutes on two cores with
 other work beside it, half a minute of it text vectors.
-Artists' names and tags are read; counts are not. Friends may be, as a column of ids in a file of users (`data.users`): on the first seed
-validation of the model was .193 with them and .192 without.
+Artists' names and tags are read; counts are not. Friends may be, as a column of ids that the reader gives
+(`--config.data.user_features.multi_hot="('friends',)"`): on the first seed validation of the model was .193 with them and .192 without.
 """
 
 from rec_jax import recipes
