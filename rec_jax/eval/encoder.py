@@ -64,6 +64,15 @@ def student_of(config: Any, encoder: Encoder, prepared: Prepared) -> Encoder:
     return student.shrink(params, spec, layers=layers, width=t.width, key=jax.random.key(config.seed))
 
 
+def sizes_of_student(config: Any, encoder: Encoder) -> Encoder:
+    """An encoder of the sizes that a stage's student has, for checks: its weights are made when the stage begins."""
+    t, (params, spec) = config.towers.text, encoder
+    if not config_lib.is_student(config):
+        return encoder
+    layers = 0 if t.static else spec.layers if t.layers < 0 else t.layers
+    return student.shrink(params, spec, layers=layers, width=t.width, key=jax.random.key(0))
+
+
 def encoder_of(whole: Any, workdir: epath.Path, name: str | None, prepared: Prepared) -> Encoder:
     """The encoder that a stage begins with, as the stages before it have left it and its own config makes it smaller.
 

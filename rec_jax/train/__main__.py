@@ -32,7 +32,6 @@ from rec_jax.eval import model as model_lib
 from rec_jax.eval.workdir import best_params, mark_of
 from rec_jax.serve.recommend import Recommender, as_text
 from rec_jax.towers import save_hf, two_tower
-from rec_jax.towers.student import shrink
 from rec_jax.train import carry, chain, held_out, loop, objectives, plan, stages
 from rec_jax.train.adapt import adapted, as_wide_as, widened, without_texts
 from rec_jax.train.log import Clock
@@ -138,7 +137,7 @@ class _Run:
 
     def _check(self, config: Any, name: str) -> None:
         """Finds out before any stage runs what can be wrong with this one."""
-        student = _sizes_of_student(config, self.encoder)
+        student = encoder_lib.sizes_of_student(config, self.encoder)
         towers = model_lib.towers_of(config, self.prepared, student[1], self.coding, self.user_coding)
         made = objectives.make_objectives(config.objectives.to_dict(), labels=self._labels(config))
         taught = None
@@ -388,15 +387,6 @@ class _Run:
         for history in self.config.eval.examples:
             self.clock.say("\n" + as_text(history, recommender.recommend(history, k=10)))
         self.clock.say("")
-
-
-def _sizes_of_student(config: Any, encoder: encoder_lib.Encoder) -> encoder_lib.Encoder:
-    """An encoder of the sizes that a stage's student has, for checks: its weights are made when the stage begins."""
-    t, (params, spec) = config.towers.text, encoder
-    if not config_lib.is_student(config):
-        return encoder
-    layers = 0 if t.static else spec.layers if t.layers < 0 else t.layers
-    return shrink(params, spec, layers=layers, width=t.width, key=jax.random.key(0))
 
 
 if __name__ == "__main__":
