@@ -23,6 +23,7 @@ from rec_jax.towers import history, two_tower
 from rec_jax.train import chain, loop, stages
 from rec_jax.types import EvalSet, Ragged, RecJaxError
 
+World = tiny.TimedWorld
 EDGES = (1.0, 2.0, 3.0, 4.0, 5.0)
 ON = {
     "towers.user.layers": 2,  # the first half of them sees its own session
@@ -33,23 +34,6 @@ ON = {
     "towers.user.time_bias": True,
     "towers.user.session_gap": 3600,
 }
-
-
-class World(tiny.World):
-    """The tiny world with times and ratings."""
-
-    def __init__(self):
-        super().__init__()
-        random = np.random.default_rng(3)
-        for record in self._records:
-            n = len(record["items"])
-            record["times"] = 10**9 + np.cumsum(random.choice([5, 300, 90_000], n)).astype(np.int64)
-            record["ratings"] = random.integers(1, 6, n).astype(np.float32)
-
-    def train_histories(self) -> Ragged:
-        train = [{name: x[r["splits"] == 0] for name, x in r.items()} for r in self._records]
-        columns = {name: np.concatenate([t[name] for t in train]) for name in ("times", "ratings")}
-        return dataclasses.replace(Ragged.from_rows([t["items"] for t in train]), columns=columns)
 
 
 def towers_of(c):

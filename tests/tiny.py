@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -93,6 +94,23 @@ class World:
 
     def item_counts(self) -> np.ndarray:
         return np.bincount(self.train_histories().flat, minlength=N_ITEMS)
+
+
+class TimedWorld(World):
+    """The tiny world with times and ratings."""
+
+    def __init__(self):
+        super().__init__()
+        random = np.random.default_rng(3)
+        for record in self._records:
+            n = len(record["items"])
+            record["times"] = 10**9 + np.cumsum(random.choice([5, 300, 90_000], n)).astype(np.int64)
+            record["ratings"] = random.integers(1, 6, n).astype(np.float32)
+
+    def train_histories(self) -> Ragged:
+        train = [{name: x[r["splits"] == 0] for name, x in r.items()} for r in self._records]
+        columns = {name: np.concatenate([t[name] for t in train]) for name in ("times", "ratings")}
+        return dataclasses.replace(Ragged.from_rows([t["items"] for t in train]), columns=columns)
 
 
 def config(**changes) -> ConfigDict:
