@@ -21,6 +21,7 @@ from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import BertSpec, unit_length
 from rec_jax.towers.bert import encode as encode_text
 from rec_jax.towers.bert import init as init_text
+from rec_jax.towers.checks import check_item
 from rec_jax.towers.dropout import fold
 from rec_jax.towers.pool import pool_segments
 from rec_jax.types import Array, Params, RecJaxError
@@ -121,29 +122,10 @@ def make_spec(
       events: rows of the table of each feature of events that it reads, by name.
 
     Raises:
-      RecJaxError: towers.item.id_dropout outside [0, 1) or without IDs, a negative towers.item.text_length, id_shrinkage or id_buckets,
-        no id_hashes, buckets without IDs, id_shrinkage without IDs, without text or with buckets.
+      RecJaxError: as `checks.check_item`.
     """
     t, u, h = towers.text, towers.user, towers.task
-    if not 0 <= towers.item.id_dropout < 1:
-        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r}: must be at least 0 and below 1")
-    if towers.item.id_dropout and not towers.item.ids:
-        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} drops items' own vectors: set config.towers.item.ids")
-    if not towers.item.text and towers.item.id_dropout:
-        raise RecJaxError(f"config.towers.item.id_dropout={towers.item.id_dropout!r} leaves nothing of an item without text: set it to 0")
-    if towers.item.id_shrinkage < 0:
-        raise RecJaxError(f"config.towers.item.id_shrinkage={towers.item.id_shrinkage!r}: must be at least 0, which shrinks nothing")
-    if towers.item.id_shrinkage:
-        _check_shrinkage(towers.item)
-    if towers.item.id_buckets < 0 or towers.item.id_hashes < 1:
-        key, least = ("id_buckets", "0, a row for each item") if towers.item.id_buckets < 0 else ("id_hashes", "1")
-        raise RecJaxError(f"config.towers.item.{key}={towers.item[key]!r}: must be at least {least}")
-    if towers.item.id_buckets and not towers.item.ids:
-        raise RecJaxError(
-            f"config.towers.item.id_buckets={towers.item.id_buckets} is of items' own vectors: set config.towers.item.ids=True, or it to 0"
-        )
-    if towers.item.text_length < 0:
-        raise RecJaxError(f"config.towers.item.text_length={towers.item.text_length!r}: must be at least 0")
+    check_item(towers.item)
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
     tower = None
@@ -195,16 +177,6 @@ def make_spec(
         lora_pattern=t.lora.pattern,
         features=None if features is None else features_lib.make_spec(towers.item, features, towers.dim),
     )
-
-
-def _check_shrinkage(item: Any) -> None:
-    place = f"config.towers.item.id_shrinkage={item.id_shrinkage!r}"
-    if not item.ids:
-        raise RecJaxError(f"{place} is of items' own vectors: set config.towers.item.ids=True, or it to 0")
-    if not item.text:
-        raise RecJaxError(f"{place} trusts the text of a seldom seen item more than its own vector, and items have no text: set it to 0")
-    if item.id_buckets:
-        raise RecJaxError(f"{place} goes by item, and rows of config.towers.item.id_buckets={item.id_buckets} are shared: set one to 0")
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
