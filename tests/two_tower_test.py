@@ -10,6 +10,7 @@ from rec_jax.data.packing import pack_texts, texts_per_row
 from rec_jax.data.pipeline import Batches, BatchSpec
 from rec_jax.towers import batches, encode_texts, heads, history, places, two_tower
 from rec_jax.towers.bert import init as init_text
+from rec_jax.towers.packed_texts import encode_blocks
 from rec_jax.types import RecJaxError
 
 SPEC = history.HistorySpec(dim=8, layers=2, heads=2, mlp=16, dropout=0.5, max_positions=32)
@@ -165,7 +166,7 @@ def test_item_vectors_of_a_batch_are_those_of_the_texts_alone():
         there = batch.item_ids[g] >= 0
         np.testing.assert_allclose(out.item[g][there], alone[batch.item_ids[g][there]], atol=1e-5)
     blocks = list(pack_texts(texts, rows=4, row_tokens=64))
-    table = two_tower.encode_blocks(params["text"], spec.text, blocks, tiny.N_ITEMS)
+    table = encode_blocks(params["text"], spec.text, blocks, tiny.N_ITEMS)
     np.testing.assert_allclose(two_tower.item_vectors(params, spec, table), alone, atol=1e-5)
 
 

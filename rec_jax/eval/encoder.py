@@ -20,8 +20,9 @@ from rec_jax.data import packing, text, vocabulary
 from rec_jax.data.prepare import Prepared
 from rec_jax.data.start import kept, start_of
 from rec_jax.eval.workdir import best_params, mark_of
-from rec_jax.towers import lora, student, two_tower
+from rec_jax.towers import lora, student
 from rec_jax.towers.bert import init as init_text
+from rec_jax.towers.packed_texts import encode_blocks
 from rec_jax.types import Params, Ragged, RecJaxError
 
 BLOCK_TOKENS = 4096  # tokens of one forward pass over packed texts
@@ -114,7 +115,7 @@ def text_vectors(tokens: Ragged, text_params: Params, spec: towers.BertSpec, row
     """Texts [N] -> their vectors [N, D_text]; where it is `shared`, each process encodes its part, and all have the whole."""
     index, count = processes.place_of() if shared else (0, 1)
     blocks = itertools.islice(text_blocks(tokens, row_tokens), index, None, count)
-    mine = two_tower.encode_blocks(text_params, spec, blocks, len(tokens))
+    mine = encode_blocks(text_params, spec, blocks, len(tokens))
     return processes.total(mine) if shared else mine
 
 

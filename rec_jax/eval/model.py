@@ -25,6 +25,7 @@ from rec_jax.eval.baselines import Scorer
 from rec_jax.eval.encoder import Encoder, Say, encoder_of, text_blocks, text_table, text_vectors
 from rec_jax.eval.workdir import best_params, read_config
 from rec_jax.towers import interactions, interests, two_tower
+from rec_jax.towers.packed_texts import packed_text_vectors
 from rec_jax.types import EvalSet, Params, Ragged, RecJaxError
 
 SHORTEST = 16  # places of the shortest histories that are encoded together
@@ -68,7 +69,7 @@ class Model:
         self._scores = None if head is None else jax.jit(lambda p, u, v: interactions.score_all(p["task"], head, u, v))
         self._text_users = jax.jit(
             lambda p, t, s: two_tower.text_item_vectors(
-                p, spec, two_tower.packed_text_vectors(p["text"], spec.text, t, s, texts_per_row=spec.texts_per_row)
+                p, spec, packed_text_vectors(p["text"], spec.text, t, s, texts_per_row=spec.texts_per_row)
             )
         )
 

@@ -18,13 +18,13 @@ from rec_jax.towers import features as features_lib
 from rec_jax.towers import history, interactions, interests, pretraining
 from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import encode, encode_layers, unit_length
+from rec_jax.towers.packed_texts import packed_text_vectors
 from rec_jax.towers.pool import pool_segments
 from rec_jax.towers.two_tower import (
     TwoTowerSpec,
     in_history,
     item_vectors,
     merged,
-    packed_text_vectors,
     some_items,
     text_item_vectors,
     without_some_ids,

@@ -8,7 +8,7 @@ or `id`, a vector of each user.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,11 +19,9 @@ from rec_jax.towers import features as features_lib
 from rec_jax.towers import heads, history, interactions, lora
 from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import BertSpec, unit_length
-from rec_jax.towers.bert import encode as encode_text
 from rec_jax.towers.bert import init as init_text
 from rec_jax.towers.checks import check_item
 from rec_jax.towers.dropout import fold
-from rec_jax.towers.pool import pool_segments
 from rec_jax.types import Array, Params, RecJaxError
 
 
@@ -315,15 +313,6 @@ def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Para
     return {**params, "ids": ids_lib.without_some(params["ids"], key, rate=spec.id_dropout, buckets=spec.id_buckets)}
 
 
-def packed_text_vectors(
-    text_params: Params, spec: BertSpec, tokens: Array, segment_ids: Array, *, texts_per_row: int, keys: jax.Array | None = None
-) -> jax.Array:
-    """Packed tokens [R, T], segment_ids [R, T] -> text vectors [R, K, D_text]."""
-    hidden = encode_text(text_params, spec, tokens, segment_ids, keys=keys)
-    pooled = pool_segments(hidden, jnp.asarray(segment_ids), segments=texts_per_row, kind=spec.pooling)
-    return unit_length(pooled) if spec.normalize else pooled
-
-
 def user_vectors(
     params: Params,
     spec: TwoTowerSpec,
@@ -357,13 +346,3 @@ def user_vectors(
     user = jnp.take_along_axis(out, last.reshape(-1, 1, *behind), axis=1)[:, 0]
     user = unit_length(user) if spec.normalize else user
     return jnp.where(any_item.reshape(-1, *behind), user, 0.0)
-
-
-def encode_blocks(text_params: Params, spec: BertSpec, blocks: Iterable[Any], n_texts: int) -> np.ndarray:
-    """Blocks of packed texts (tokens, segment_ids, texts, places, per_row) -> text vectors [N, D_text] float32, on the host."""
-    encode = jax.jit(packed_text_vectors, static_argnames=("spec", "texts_per_row"))
-    out = np.zeros((n_texts, spec.width), np.float32)
-    for block in blocks:
-        vectors = encode(text_params, spec, block.tokens, block.segment_ids, texts_per_row=block.per_row)
-        out[block.texts] = np.asarray(vectors).reshape(-1, spec.width)[block.places]
-    return out

@@ -122,7 +122,8 @@ class Ours:
 
         from rec_jax.data.packing import texts_per_row
         from rec_jax.losses import info_nce
-        from rec_jax.towers import load_hf, two_tower
+        from rec_jax.towers import load_hf
+        from rec_jax.towers.packed_texts import packed_text_vectors
 
         self.texts, self.row_tokens, self.packed = texts, row_tokens, packed
         self.params, spec = load_hf(MODEL)
@@ -135,7 +136,7 @@ class Ours:
         self.tokens = [sum(map(len, batch)) for batch in texts]
 
         def loss_of(params: Any, tokens: Any, segments: Any, places: Any, keys: Any) -> Any:
-            vectors = two_tower.packed_text_vectors(params, spec, tokens, segments, texts_per_row=per_row, keys=keys)
+            vectors = packed_text_vectors(params, spec, tokens, segments, texts_per_row=per_row, keys=keys)
             chosen = vectors.reshape(-1, spec.width)[places]
             return info_nce(chosen[:PAIRS], chosen[PAIRS:], temperature=1 / SCALE).mean()
 
