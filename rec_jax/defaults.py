@@ -81,6 +81,8 @@ def defaults() -> ConfigDict:
     c.towers.item.id_buckets = 0
     c.towers.item.id_hashes = 2
     c.towers.item.id_dropout = 0.0  # probability that a step knows an item by its text alone; texts then carry new items too
+    # Probability that a step does not know an item's text, but only its own vector and features; an item that has nothing else keeps it
+    c.towers.item.text_dropout = 0.0
     c.towers.item.id_shrinkage = 0.0  # own vectors rank times n / (n + this), n an item's train events (rec_jax.towers.ids.shrunk); 0 = off
     # Words of an item's text, and pairs of them, that have trained vectors of their own, whose mean is added: the rarest of those that two
     # items or more have, and not more than a tenth of them; what a name or a series says, any item of it shows. 0 = none
@@ -96,6 +98,8 @@ def defaults() -> ConfigDict:
     # What the features do with the vector of text and ID: they are added | a linear layer takes all, one behind the other | each is added
     # as far as a gate, which sees that vector, lets it through
     c.towers.item.fusion = "sum"  # sum | concat | gate
+    # Text, own vector and each feature of an item are weighed by gates that see all of them, and begin open; with fusion="sum"
+    c.towers.item.gates = False
     c.towers.item.modality_dropout = 0.0  # probability that a step does not know a feature of an item, for each; nothing is scaled up
     c.towers.user = ConfigDict()
     # history: transformer over item vectors, causal but with batch.cloze | text: the history written out | id: each user's trained vector

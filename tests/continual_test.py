@@ -419,7 +419,8 @@ def test_a_fingerprint_without_a_start_is_what_it_was():
         config_lib.get(kept, ".".join(groups)).pop(name)
     kept["data"].pop("event_features")
     kept["towers"]["text"].pop("refresh")
-    kept["towers"]["item"].pop("id_shrinkage")
+    for name in ("id_shrinkage", "gates", "text_dropout"):
+        kept["towers"]["item"].pop(name)
     kept["objectives"]["info_nce"].pop("mask_history")
     for name in ("average", "muon"):
         kept["optimizer"].pop(name)

@@ -82,6 +82,8 @@ KINDS = {
     "item features, joined by a linear layer": Kind({"towers.item.fusion": "concat"}, ("features/fusion/kernel",), off=TWO, zero=False),
     "item features, gated": Kind({"towers.item.fusion": "gate"}, ("features/fusion/bias", "features/fusion/kernel"), off=TWO, zero=False),
     "item features, dropped": Kind({"towers.item.modality_dropout": 0.5}, off=TWO, training=True),
+    "item text, dropped": Kind({"towers.item.text_dropout": 0.5}, off=IDS, training=True),
+    "item gates": Kind({"towers.item.gates": True}, ("gates/bias", "gates/kernel"), off={**IDS, **TWO}),
     "user category": of_users("brand", "embedding"),
     "user multi-hot": of_users("tags", "embedding"),
     "user multi-hot, attended": Kind(

@@ -28,6 +28,7 @@ from rec_jax.towers.two_tower import (
     some_items,
     text_item_vectors,
     without_some_ids,
+    without_some_texts,
 )
 from rec_jax.types import Array, Batch, Outputs, Params, RecJaxError
 
@@ -69,8 +70,8 @@ def encode_batch(
       of_users: features of all users, likewise, kind -> name -> [U, ...]; needed where the history tower reads some.
       catalogue: also the vectors of all items, by the table, or by `texts` where they are given.
       keys: typed keys [G, rows] of the streams "text" (item rows), "user" (user rows) and "head" (one row) for dropout, "view" (item rows
-        again) with `views`, "history_view" (twice the user rows) with `history_views`; keys [] for all shards, "ids" and "features", where
-        items' own vectors or their features are dropped; None = no dropout.
+        again) with `views`, "history_view" (twice the user rows) with `history_views`; keys [] for all shards, "ids", "features" and
+        "texts", where items' own vectors, features or texts are dropped; None = no dropout.
       views: also the batch's items by their texts alone, twice, each time with dropout of its own.
       plain: also the batch's items without their own vectors, by text and features alone.
       history_views: also the user vectors of the batch's views of histories.
@@ -98,6 +99,8 @@ def encode_batch(
     params = merged(params, spec)
     if keys is not None and spec.id_dropout:
         params = without_some_ids(params, spec, keys["ids"])
+    if keys is not None and spec.text_dropout:
+        params = without_some_texts(params, spec, keys["texts"])
     if keys is not None and spec.features is not None and spec.features.dropout and features is not None:
         features = features_lib.without_some(keys["features"], spec.features, features)
 

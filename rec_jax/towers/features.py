@@ -110,6 +110,16 @@ def without_some(key: jax.Array, spec: FeatureSpec, rows: Rows) -> Rows:
     return {**rows, "kept": jax.random.bernoulli(key, 1.0 - spec.dropout, (n, len(spec.names)))}
 
 
+def parts_of(params: Params, spec: FeatureSpec, rows: Rows, query: jax.Array | None = None) -> list[jax.Array]:
+    """Rows of items [..., ...] -> the F features' own vectors [..., d]; zero where an item lacks one, or it is left out."""
+    parts = []
+    for number, (kind, name, _) in enumerate(spec.names):
+        numbers, mine = jnp.asarray(rows[kind][name]), params[kind][name]
+        part = _attended(mine, numbers, query) if kind == "multi_hot" and name in spec.attended else _PARTS[kind](mine, numbers)
+        parts.append(part * rows["kept"][..., number, None] if "kept" in rows else part)
+    return parts
+
+
 def fuse(params: Params, spec: FeatureSpec, base: jax.Array, rows: Rows, query: jax.Array | None = None) -> jax.Array:
     """Vectors of text and ID [..., D], rows of the same items -> item vectors [..., D], not yet of unit length.
 
@@ -117,11 +127,7 @@ def fuse(params: Params, spec: FeatureSpec, base: jax.Array, rows: Rows, query: 
 
     Reference: Arevalo et al., "Gated Multimodal Units for Information Fusion" (2017), section 3; here text and ID need no gate.
     """
-    parts = []
-    for number, (kind, name, _) in enumerate(spec.names):
-        numbers, mine = jnp.asarray(rows[kind][name]), params[kind][name]
-        part = _attended(mine, numbers, query) if kind == "multi_hot" and name in spec.attended else _PARTS[kind](mine, numbers)
-        parts.append(part * rows["kept"][..., number, None] if "kept" in rows else part)
+    parts = parts_of(params, spec, rows, query)
     if spec.fusion == "concat":
         return jnp.concatenate([base, *parts], axis=-1) @ params["fusion"]["kernel"]
     if spec.fusion == "gate":

@@ -58,7 +58,10 @@ def vectors(group: Params, ids: Array, *, buckets: int, hashes: int) -> jax.Arra
     if not buckets:
         return look_up(group, ids)
     own = look_up(group, places(ids, buckets=buckets, hashes=hashes)).sum(-2)
-    return jnp.where(_kept(group["dropped"], ids)[..., None], own, 0.0) if "dropped" in group else own
+    if "dropped" not in group:
+        return own
+    key, rate = group["dropped"]
+    return jnp.where(kept(key, rate, ids)[..., None], own, 0.0)
 
 
 def all_vectors(group: Params, n: int, *, buckets: int, hashes: int) -> jax.Array:
@@ -104,9 +107,8 @@ def shrunk(group: Params, counts: Array, by: float) -> Params:
     return {**group, "embedding": table.at[: len(counts)].multiply((counts / (counts + by))[:, None])}
 
 
-def _kept(dropped: tuple[jax.Array, float], ids: Array) -> jax.Array:
-    """Whether each item [...] keeps its own vector; an item draws the same wherever it stands."""
-    key, rate = dropped
+def kept(key: jax.Array, rate: float, ids: Array) -> jax.Array:
+    """Whether each item [...] keeps what is dropped with probability `rate`; an item draws the same wherever it stands."""
     ids = jnp.asarray(ids)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.maximum(ids, 0).reshape(-1))
     return jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate))(keys).reshape(ids.shape)

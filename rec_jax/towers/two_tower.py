@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rec_jax.towers import features as features_lib
-from rec_jax.towers import heads, history, interactions, lora
+from rec_jax.towers import gates, heads, history, interactions, lora
 from rec_jax.towers import ids as ids_lib
 from rec_jax.towers.bert import BertSpec, unit_length
 from rec_jax.towers.bert import init as init_text
@@ -44,6 +44,8 @@ class TwoTowerSpec:
       history_ids: items have own vectors of a second table, zero at the start, that are added to what a place of a history sees of them,
         so that an item may say something else there than as a candidate.
       features: what items have beside text and ID, or None.
+      gates: text, own vector and features are weighed by gates (`gates.weighed`), not just added.
+      text_dropout: probability that a training step does not know an item's text; one that has nothing else keeps it.
       text_length: root mean square length, at the start, of what a whitened head makes of texts; 0 = sqrt(D).
       user: "history", "text", "id", or "none": an encoder alone.
       history: the history tower, None for "text" and "id".
@@ -75,6 +77,13 @@ class TwoTowerSpec:
     id_buckets: int = 0
     id_hashes: int = 2
     history_ids: bool = False
+    gates: bool = False
+    text_dropout: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        """What an item is joined of: text, own vector, and each feature."""
+        return int(self.item_text) + int(self.n_ids > 0) + len(self.features.names if self.features is not None else ())
 
     @property
     def id_rows(self) -> int:
@@ -123,7 +132,7 @@ def make_spec(
       RecJaxError: as `checks.check_item`.
     """
     t, u, h = towers.text, towers.user, towers.task
-    check_item(towers.item)
+    check_item(towers.item, features=features is not None)
     rates = {"dropout": t.dropout, "attention_dropout": t.dropout}
     text = dataclasses.replace(text, pooling=t.pooling, dtype=t.dtype, remat=t.remat, scan=t.scan and text.layers > 0, **rates)
     tower = None
@@ -154,6 +163,8 @@ def make_spec(
         text_length=towers.item.text_length,
         id_dropout=towers.item.id_dropout,
         id_shrinkage=towers.item.id_shrinkage,
+        gates=towers.item.gates,
+        text_dropout=towers.item.text_dropout,
         task=interactions.InteractionSpec(
             kind=h.kind,
             tasks=tasks,
@@ -178,7 +189,7 @@ def make_spec(
 
 
 def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = None, table: np.ndarray | None = None) -> dict[str, Any]:
-    """Fresh parameters {"item"?, "ids"?, "features"?, "user"?, "history_ids"?, "users"?, "text"?, "task"?, "lora"?}.
+    """Fresh parameters {"item"?, "ids"?, "features"?, "gates"?, "user"?, "history_ids"?, "users"?, "text"?, "task"?, "lora"?}.
 
     ID vectors of items start at zero: an item begins as what its text says. Without text they are drawn, small. Their table has N rows,
     or as many as there are buckets, filled up to a multiple of `ids.ID_ROWS`, that of users has U so; nothing reads the rows behind.
@@ -202,6 +213,8 @@ def init(key: jax.Array, spec: TwoTowerSpec, *, text_params: Params | None = Non
         params["history_ids"] = {"embedding": jnp.zeros((spec.id_rows, spec.dim))}
     if spec.features is not None:
         params["features"] = features_lib.init(fold(key, "features"), spec.features, spec.dim)
+    if spec.gates:
+        params["gates"] = gates.init(spec.parts, spec.dim)
     if spec.user == "id":
         draw = jax.random.normal(fold(key, "users"), (ids_lib.table_rows(spec.n_users), spec.dim))
         params["users"] = {"embedding": draw * spec.dim**-0.5}
@@ -231,7 +244,12 @@ def with_encoder(spec: TwoTowerSpec, encode: bool) -> TwoTowerSpec:
 
 
 def text_item_vectors(
-    params: Params, spec: TwoTowerSpec, text: Array | None, ids: jax.Array | None = None, features: features_lib.Rows | None = None
+    params: Params,
+    spec: TwoTowerSpec,
+    text: Array | None,
+    ids: jax.Array | None = None,
+    features: features_lib.Rows | None = None,
+    kept: jax.Array | None = None,
 ) -> jax.Array:
     """Text vectors [..., D_text] -> item vectors [..., D].
 
@@ -240,17 +258,35 @@ def text_item_vectors(
       text: text vectors; None where items have none (`spec.item_text`), and are their own vectors alone.
       ids: [..., D], added where items have vectors of their own.
       features: rows of these items, where they have features; None = by text and ID alone.
+      kept: [...] whether an item's text is known; one that is nothing without keeps it. None = all are.
     """
+    said = None
     if spec.item_text:
         assert text is not None
-        out = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
-        out = out if ids is None else out + ids
-    else:
-        assert ids is not None  # `config.check`
-        out = ids
-    if spec.features is not None and features is not None:
-        out = features_lib.fuse(params["features"], spec.features, out, features)
+        said = heads.apply(params["item"], text, dim=spec.dim, hidden=spec.hidden, kind=spec.head)
+    out = _joined(params, spec, said, ids, features)
+    if kept is not None:
+        assert said is not None
+        rest = _joined(params, spec, jnp.zeros_like(said), ids, features)
+        # The direction of a vector of zeros has no gradient that is of use: it is that of a length of 1e-12.
+        out = jnp.where((kept | ~rest.any(-1))[..., None], out, rest)
     return unit_length(out) if spec.normalize else out
+
+
+def _joined(
+    params: Params, spec: TwoTowerSpec, said: jax.Array | None, ids: jax.Array | None, features: features_lib.Rows | None
+) -> jax.Array:
+    """What text, own vector (None = not known) and features make of the same items [..., D], not yet of unit length."""
+    read = features if spec.features is not None else None
+    if spec.gates:
+        known = [x for x, there in ((said, spec.item_text), (ids, spec.n_ids > 0)) if there]
+        if spec.features is not None:
+            known += [None] * len(spec.features.names) if read is None else features_lib.parts_of(params["features"], spec.features, read)
+        like = next(x for x in known if x is not None)
+        return gates.weighed(params["gates"], [jnp.zeros_like(like) if x is None else x for x in known])
+    base = ids if said is None else said if ids is None else said + ids
+    assert base is not None  # `config.check`
+    return base if spec.features is None or read is None else features_lib.fuse(params["features"], spec.features, base, read)
 
 
 def item_vectors(params: Params, spec: TwoTowerSpec, text: Array | None, features: features_lib.Rows | None = None) -> jax.Array:
@@ -265,7 +301,7 @@ def item_vectors(params: Params, spec: TwoTowerSpec, text: Array | None, feature
       RecJaxError: the towers read features, and none are given.
     """
     own = ids_lib.all_vectors(params["ids"], spec.n_ids, **spec.id_options) if spec.n_ids else None
-    return text_item_vectors(params, spec, text, own, _given(spec, features))
+    return text_item_vectors(params, spec, text, own, _given(spec, features), _kept_texts(params, spec, text))
 
 
 def some_items(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Array, features: features_lib.Rows | None = None) -> jax.Array:
@@ -276,7 +312,8 @@ def some_items(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Arra
     """
     own = ids_lib.vectors(params["ids"], ids, **spec.id_options) if spec.n_ids else None
     rows = _given(spec, features)
-    return text_item_vectors(params, spec, text, own, None if rows is None else features_lib.rows_of(rows, ids))
+    rows = None if rows is None else features_lib.rows_of(rows, ids)
+    return text_item_vectors(params, spec, text, own, rows, _kept_texts(params, spec, text, ids))
 
 
 def _given(spec: TwoTowerSpec, features: features_lib.Rows | None) -> features_lib.Rows | None:
@@ -311,6 +348,18 @@ def as_ranked(params: Params, spec: TwoTowerSpec, counts: Array | None) -> Param
 def without_some_ids(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:
     """Parameters in which each item's own vector is zero with probability `spec.id_dropout`; see `ids.without_some`."""
     return {**params, "ids": ids_lib.without_some(params["ids"], key, rate=spec.id_dropout, buckets=spec.id_buckets)}
+
+
+def without_some_texts(params: Params, spec: TwoTowerSpec, key: jax.Array) -> Params:
+    """Parameters with which an item's text is not known with probability `spec.text_dropout`: the same items on both sides of the loss."""
+    return {**params, "dropped_texts": key}
+
+
+def _kept_texts(params: Params, spec: TwoTowerSpec, text: Array | None, ids: Array | None = None) -> jax.Array | None:
+    """Whether the text of each of the items `ids` [...], or of the whole catalogue, is known; None = all are."""
+    if "dropped_texts" not in params or text is None:
+        return None
+    return ids_lib.kept(params["dropped_texts"], spec.text_dropout, jnp.arange(len(text)) if ids is None else ids)
 
 
 def user_vectors(

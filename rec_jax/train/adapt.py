@@ -74,8 +74,8 @@ def without_texts(config: Any, texts: Sequence[str], ids: Sequence[str]) -> Any:
       texts, ids: of the catalogue's items [N].
     """
     item = config.towers.item
-    wanted = _plain(config) and config.towers.text.source == "frozen" and item.ids and item.text and not item.id_dropout
-    if not wanted or list(texts) != list(ids):
+    wanted = _plain(config) and config.towers.text.source == "frozen" and item.ids and item.text
+    if not wanted or item.id_dropout or item.text_dropout or item.gates or list(texts) != list(ids):
         return config
     out = config.copy_and_resolve_references()
     with out.unlocked():

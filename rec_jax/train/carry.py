@@ -15,7 +15,7 @@ from rec_jax.config_places import EVENT
 from rec_jax.types import Params, RecJaxError
 
 # What both must agree on; heads of tasks and learned scalars belong to objectives.
-GROUPS = ("item", "ids", "features", "user", "history_ids", "users")
+GROUPS = ("item", "ids", "features", "gates", "user", "history_ids", "users")
 OF_USERS = "user/features/"  # features of users, which the history tower reads
 OF_EVENTS = "user/" + EVENT  # tables by features of events, which it reads too
 TABLES = {"ids/embedding": "items", "history_ids/embedding": "items", "users/embedding": "users"}
@@ -94,7 +94,7 @@ def check(carried: Carried, fresh: Params) -> None:
             if name in old and name in new and old[name] != new[name]:
                 raise RecJaxError(_differ(name, old, new, carried.place))
             continue
-        added = group not in carried.params  # a table of the new run alone begins as a fresh one does
+        added = group not in carried.params  # a table, or gates, of the new run alone begin as fresh ones do
         a, b = (shapes.get(name) for shapes in (old, new))
         if name in TABLES and a and b and not (carried.hashed and TABLES[name] == "items"):
             a, b = a[1:], b[1:]
@@ -102,7 +102,7 @@ def check(carried: Carried, fresh: Params) -> None:
             a, b = a[1:], b[1:]
         if (group == "features" or name.startswith(OF_USERS)) and _may_grow(name.removeprefix("user/"), a, b):
             a, b = b, b
-        if a != b and not (added and (name in TABLES or group == "features")):
+        if a != b and not (added and (name in TABLES or group in ("features", "gates"))):
             raise RecJaxError(_differ(name, old, new, carried.place))
 
 

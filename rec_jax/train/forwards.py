@@ -100,6 +100,7 @@ def outputs(
     keys = _keys(key, shards, rows)
     if keys is not None and key is not None:
         keys |= {"ids": fold(key, "ids"), "features": fold(key, "features")}
+        keys |= {"texts": fold(key, "texts")} if spec.towers.text_dropout else {}
     return batches.encode_batch(
         params,
         spec.towers,

@@ -59,6 +59,8 @@ def step_flops(spec: StepSpec, batch: BatchSpec, *, n_items: int) -> float:
     head = head if towers.item_text else 0.0
     if towers.features is not None:
         head += 2.0 * sum(width for _, width in towers.features.vectors) * towers.features.dim
+    if towers.gates:
+        head += 2.0 * towers.parts**2 * towers.dim
     total = 0.0
     if towers.encode:
         tokens = shards * batch.text_rows * batch.row_tokens

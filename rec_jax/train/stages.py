@@ -199,7 +199,7 @@ def make_params(config: Any, spec: StepSpec, inputs: Inputs) -> dict[str, Any]:
     if last is None:
         return params
     student = config_lib.is_student(config)
-    skipped = ("text", "lora") + (("item",) if student else ())
+    skipped = ("text", "lora") + (("item", "gates") if student else ())
     old = {mesh_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(last)}
 
     def take(path: Any, new: Any) -> Any:
@@ -227,11 +227,16 @@ def _nearest_to_teacher(
     if table is None or inputs.table is None or teacher.dim != towers.dim:
         return {}
     teacher, towers = (dataclasses.replace(t, normalize=False) for t in (teacher, towers))
+    towers = dataclasses.replace(towers, gates=False)  # a student's begin open
     wanted = np.asarray(two_tower.text_item_vectors(taught, teacher, table))
     out: dict[str, Any] = {"item": heads.fitted(params["item"], inputs.table, wanted)}
     if towers.features is not None and _read_alike(towers, inputs.features, teacher, arrays.get("features")):
         out["features"] = taught["features"]
-    if towers.n_ids:
+    if towers.n_ids and teacher.gates:  # which weigh what features add, too
+        before = two_tower.item_vectors({**params, **out}, dataclasses.replace(towers, n_ids=0), inputs.table, inputs.features)
+        rest = np.asarray(two_tower.item_vectors(taught, teacher, table, arrays.get("features"))) - before
+        out["ids"] = {"embedding": ids.fitted(params["ids"]["embedding"], rest, **towers.id_options)}
+    elif towers.n_ids:
         if towers.features is not None:  # what they add is added to the student too
             teacher = dataclasses.replace(teacher, features=None)
         whole = np.asarray(two_tower.item_vectors(taught, teacher, table, arrays.get("features")))
