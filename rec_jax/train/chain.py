@@ -23,7 +23,8 @@ FREE_KEYS = (
 # Keys at values at which a stage is what it was before there were these keys.
 OFF_KEYS = {
     "towers.text.refresh": "", "towers.item.id_shrinkage": 0.0, "objectives.info_nce.mask_history": False, "optimizer.average": 0.0,
-    "optimizer.muon": (), "data.event_features": (), "batch.event_weight": "", "towers.item.gates": False, "towers.item.text_dropout": 0.0,
+    "optimizer.muon": (), "data.event_features": (), "data.filter.unseen_items": False, "batch.event_weight": "",
+    "towers.item.gates": False, "towers.item.text_dropout": 0.0,
     **{f"towers.user.{name}": off for name, off in OFF.items()},
 }  # fmt: skip
 FILE = "stage.json"
