@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rec_jax.towers import BertSpec, bert, encode_texts, load_hf
-from rec_jax.towers.bert import Embeddings, encode_layers, init, segment_positions
+from rec_jax.towers.bert import Embeddings, encode_layers, init, segment_positions, unit_length
 from rec_jax.towers.dropout import dropout, fold
 from rec_jax.towers.pool import pool_segments
 from rec_jax.types import RecJaxError
@@ -275,6 +275,15 @@ def test_unit_length_and_empty_texts(tiny):
     np.testing.assert_allclose(vectors[:2], plain[:2] / np.linalg.norm(plain[:2], axis=-1, keepdims=True), atol=1e-6)
     gradients = jax.jit(jax.grad(lambda p: encode_texts(p, spec, TOKENS, mask).sum()))(tiny)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+    vectors = jnp.asarray([[0.0, 0.0], [3.0, 4.0], [1e-8, 0.0]])
+    made, gradient = jax.value_and_grad(lambda x: (unit_length(x) * jnp.asarray([1.0, 2.0])).sum())(vectors)
+    assert made == pytest.approx(0.6 + 2 * 0.8 + 1.0)
+    np.testing.assert_array_equal(gradient[0], [0.0, 0.0])
+    # d (x / |x|) = (1 - u u') / |x|, at u = (.6, .8) and at u = (1, 0)
+    np.testing.assert_allclose(gradient[1:], [[(0.64 - 2 * 0.48) / 5, (-0.48 + 2 * 0.36) / 5], [0.0, 2e8]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.3])

@@ -344,6 +344,6 @@ def encode_texts(params: Params, spec: BertSpec, tokens: Array, mask: Array, *, 
 
 
 def unit_length(vectors: jax.Array) -> jax.Array:
-    """vectors [..., D] -> vectors / length; zeros stay zeros, with zero gradient."""
+    """vectors [..., D] -> vectors / length; zeros, and what is shorter than 1e-12, become zeros with zero gradient."""
     square = jnp.sum(jnp.square(vectors), -1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    return vectors * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0.0)

@@ -268,7 +268,6 @@ def text_item_vectors(
     if kept is not None:
         assert said is not None
         rest = _joined(params, spec, jnp.zeros_like(said), ids, features)
-        # The direction of a vector of zeros has no gradient that is of use: it is that of a length of 1e-12.
         out = jnp.where((kept | ~rest.any(-1))[..., None], out, rest)
     return unit_length(out) if spec.normalize else out
 
