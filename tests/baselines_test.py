@@ -255,6 +255,28 @@ def test_a_step_of_bpr_goes_up_the_objective_of_its_triples():
             assert after[name][place] - x[place] == pytest.approx(1e-3 * np.sign(round(slope, 7)), abs=2e-6), (name, place, slope)
 
 
+def test_a_history_of_bpr_is_held_against_all_items():
+    """The vector found for a history is about as good, against every item, as the best one; one small draw's would not be."""
+    random = np.random.default_rng(0)
+    items, bias = random.normal(size=(200, 4)), random.normal(size=(200, 1))
+    histories = Ragged.from_rows([[3, 1, 2], [50, 7], [150, 151, 8, 9]])
+
+    def slope_and_value(w, row):
+        x = items[row] @ w + bias[row, 0]
+        difference = x[:, None] - (items @ w + bias[:, 0])[None]
+        pull = 1 / (1 + np.exp(difference))
+        up = (pull.sum(1) @ items[row] - pull.sum(0) @ items) / pull.size - 0.1 * w
+        return up, -np.logaddexp(0, -difference).mean() - 0.1 / 2 * w @ w
+
+    factors = {"items": items.astype(np.float32), "bias": bias.astype(np.float32)}
+    found = pairwise._folded(matrix(histories, 200), factors, random.integers(0, 200, (150, 8)), 0.1, 0.3)
+    for row, w in zip((histories[u] for u in range(3)), found, strict=True):
+        best = np.zeros(4)
+        for _ in range(2000):
+            best += 0.3 * slope_and_value(best, row)[0]
+        assert slope_and_value(best, row)[1] - slope_and_value(w, row)[1] < 0.01
+
+
 def test_known_figures_on_movielens_latest_small(data_dir):
     """Leave-one-out by (user, time), history removed."""
     events = np.loadtxt(data_dir / "ml-latest-small" / "ratings.csv", delimiter=",", skiprows=1)

@@ -29,15 +29,15 @@ def bpr(
 
     Maximises the sum over triples (user, item of the user, other item) of log sigmoid(x(user, item) - x(user, other)) with
     x = w.h + b, less half of `regularisation` x the squares of what the triple touches, by AdaGrad on triples drawn uniformly. A user is
-    scored by history: the vector that maximises the same sum with the items held, against `negatives` drawn items. The defaults are one
-    setting for a dense and a sparse data set (MovieLens 100K, Amazon Beauty), chosen on their validation items.
+    scored by history: the vector that maximises the same sum with the items held, against `negatives` drawn items a step. The defaults
+    are one setting for a dense and a sparse data set (MovieLens 100K, Amazon Beauty), chosen on their validation items.
 
     Args:
       dim: D.
       regularisation: of vectors and biases, a triple.
       learning_rate: of AdaGrad.
       epochs: as many triples as events each.
-      negatives: items that a history is held against when it is scored.
+      negatives: items that a history is held against in each step of its scoring.
       steps: of that.
       seed: of the start and of what is drawn.
 
@@ -70,11 +70,11 @@ def bpr(
             chosen = order[start : start + BATCH]
             users, items = user_of[chosen], item_of[chosen]
             _step(factors, squares, users, items, _others(random, keys, users, n_items), regularisation, learning_rate)
-    drawn = random.integers(0, n_items, negatives)
+    drawn = random.integers(0, n_items, (steps, negatives))
 
     def score(histories: Ragged) -> np.ndarray:
         of = matrix(histories, n_items)
-        users = _folded(of, factors, drawn, regularisation, learning_rate, steps)
+        users = _folded(of, factors, drawn, regularisation, learning_rate)
         return users @ factors["items"].T + factors["bias"].T
 
     return score
@@ -112,20 +112,21 @@ def _ascend(table: np.ndarray, squares: np.ndarray, parts: list[tuple[np.ndarray
     table[touched] += np.float32(rate) * gradient / np.sqrt(squares[touched])
 
 
-def _folded(
-    seen: scipy.sparse.csr_matrix, factors: Factors, drawn: np.ndarray, regularisation: float, rate: float, steps: int
-) -> np.ndarray:
-    """seen [q, N] -> vectors [q, D]: AdaGrad up the mean objective of each history against the drawn items."""
-    h, b, g, c = factors["items"][seen.indices], factors["bias"][seen.indices], factors["items"][drawn], factors["bias"][drawn]
+def _folded(seen: scipy.sparse.csr_matrix, factors: Factors, drawn: np.ndarray, regularisation: float, rate: float) -> np.ndarray:
+    """seen [q, N], drawn [steps, negatives] -> vectors [q, D]: AdaGrad up the mean objective of each history against the drawn items.
+
+    Each step has items of its own: those of one draw would be held against every user, and stand below all others for everybody.
+    """
+    h, b = factors["items"][seen.indices], factors["bias"][seen.indices]
     row = np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr))
     mean = scipy.sparse.diags(1 / np.maximum(np.diff(seen.indptr), 1)).astype(np.float32) @ scipy.sparse.csr_matrix(
         (np.ones(len(row), np.float32), np.arange(len(row)), seen.indptr), shape=(seen.shape[0], len(row))
     )
     users = np.zeros((seen.shape[0], h.shape[1]), np.float32)
     squares = np.full_like(users, EPSILON)
-    for _ in range(steps):
-        w = users[row]
-        slope = _slope((w * h).sum(1, keepdims=True) + b - (w @ g.T + c.T)) / np.float32(len(drawn))  # [events, drawn]
+    for others in drawn:
+        w, g, c = users[row], factors["items"][others], factors["bias"][others]
+        slope = _slope((w * h).sum(1, keepdims=True) + b - (w @ g.T + c.T)) / np.float32(len(others))  # [events, negatives]
         gradient = mean @ (slope.sum(1, keepdims=True) * h - slope @ g) - np.float32(regularisation) * users
         squares += gradient**2
         users += np.float32(rate) * gradient / np.sqrt(squares)
