@@ -4,7 +4,8 @@
 
 DIR holds frappe.csv and meta.csv (Baltrunas et al., 2015). Users and items are ID vectors, items' texts beside them; a DCN-v2 head
 reads user, item and the context of each use (time of day, weekday, weather, country, city ...). The tables at the end have a logistic
-regression and a factorisation machine fitted on the same split: labels of impressions, and each use among all apps in its context.
+regression and a factorisation machine fitted on the same split: labels of impressions, and 1,000 of the uses (`eval.top_n`), each among
+all apps in its context. There HR@10 is .57, the machine's .53, and .75 where a user's own uses are counted, in whatever context.
 """
 
 from rec_jax.defaults import defaults
@@ -44,7 +45,7 @@ def get_config(arg=None):
     c.train.monitor = "valid/log_loss"
     c.train.monitor_goal = "min"
     c.train.patience = 3
-    c.eval.top_n = -1
+    c.eval.top_n = 1000
     if arg == "smoke":
         c.train.duration = "20 steps"
         c.train.log_every = "5 steps"
