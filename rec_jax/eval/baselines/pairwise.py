@@ -20,7 +20,7 @@ def bpr(
     dim: int = 64,
     regularisation: float = 0.03,
     learning_rate: float = 0.1,
-    epochs: int = 20,
+    epochs: int = 60,
     negatives: int = 128,
     steps: int = 30,
     seed: int = 0,
