@@ -215,7 +215,8 @@ def defaults() -> ConfigDict:
     c.objectives.simclr.weight = 0.0
     c.objectives.simclr.temperature = 0.1
     c.objectives.simclr.ramp = 0
-    # Two random views of each window of a history: one's user vector seeks the other's among all views of the global batch
+    # Two random views of each window of a history: one's user vector seeks the other's among all views of the global batch. Views know no
+    # features of users (data.user_features), by which they would find each other
     c.objectives.history_views = ConfigDict()
     c.objectives.history_views.weight = 0.0
     c.objectives.history_views.temperature = 0.1

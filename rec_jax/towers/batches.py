@@ -218,7 +218,10 @@ def _histories(
 
 
 def _history_views(params: Params, spec: TwoTowerSpec, batch: Batch, item: jax.Array, keys: jax.Array | None) -> jax.Array:
-    """Items of the batch [G, M, D] -> user vectors of both views of its examples [2, G, E, D], at the last item of each view."""
+    """Items of the batch [G, M, D] -> user vectors of both views of its examples [2, G, E, D], at the last item of each view.
+
+    Views know no features of users: by these, which both have, they would find each other without looking at their histories.
+    """
     shards, two, rows, length = batch.view_history.shape
     stacked = lambda x: jnp.asarray(x).reshape(shards, two * rows, length)
     hides = spec.history is not None and spec.history.mask
