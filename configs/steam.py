@@ -12,6 +12,8 @@ What a target weighs (`batch.event_weight`), on the same seed: validation NDCG@1
     ""            .2171   .2381   .2259   .2465
     log_rating    .2207   .2387   .2305   .2480
     rating        .1726   .2372   .1900   .2451
+
+On another seed, with a split of its own, validation of the model is .2174 with log_rating and .2147 without, test .2243 and .2231.
 """
 
 from rec_jax import recipes
