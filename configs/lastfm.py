@@ -8,8 +8,9 @@ Recall@10 and NDCG@10, mean and spread of three seeds, each with its own split: 
 .213 ± .004, both together .227 ± .007 and .222 ± .005; published, on another draw of the split, LightGCN .206 and .197, MHCN, which reads
 friends, .212 and .207. EASE's constants were chosen on another draw of the split, its test in view. Two to four minutes on two cores with
 other work beside it, half a minute of it text vectors.
-Artists' names and tags are read; counts are not. Friends may be, as a column of ids that the reader gives
-(`--config.data.user_features.multi_hot="('friends',)"`): on the first seed validation of the model was .193 with them and .192 without.
+Artists' names and tags are read; counts are not, nor friends, which `--config.data.user_features.multi_hot="('friends',)"` reads. On the
+first seed validation NDCG@10 was .1933 with them and .1922 without, with EASE .2005 and .1996; in the test .2067 and .2060, by user .0007
+± .0007 apart, with EASE .2176 and .2172: no more than chance.
 """
 
 from rec_jax import recipes
