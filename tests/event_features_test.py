@@ -377,27 +377,3 @@ def test_a_run_goes_on_where_a_new_kind_comes_first(world):
     np.testing.assert_allclose(new[[0, 2, 3, 4]], old, atol=1e-6)  # unknown, buy, cart, view
     np.testing.assert_allclose(new[1], 0, atol=1e-6)
     assert np.abs(old[1:]).max(1).min() > 1e-3
-
-
-# -- configs --
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"towers.user.inputs": ("kind",)}, r"inputs=\('kind',\): expected some of gap, rating, .*config.data.event_features=\(\) too"),
-        ({"data.event_features": ("kind",), "towers.user.inputs": ("king",)}, r"expected some of gap, rating, kind, each once"),
-        ({"data.event_features": ("rating",)}, r"config.data.event_features names 'rating', which means something else in"),
-        ({"data.event_features": ("kind", "kind")}, r"config.data.event_features names 'kind' twice"),
-        ({"data.event_features": ("a/b",)}, r"config.data.event_features names 'a/b': a feature's name is part of its parameters'"),
-        ({**ON, "objectives.history_views.weight": 0.1}, r"makes views of histories without kind, which the tower reads"),
-        ({**ON, "batch.cloze": 0.2}, r"nobody knows the kind of a hidden event, which the tower reads"),
-        (
-            {"stages": ("a",), "stage": {"a": {"data": {"event_features": ("kind",)}}}},
-            r"config.stage.a.data.event_features: all stages have the same data; set config.data.event_features",
-        ),
-    ],
-)
-def test_keys_that_do_not_go_together(changes, message):
-    with pytest.raises(RecJaxError, match=message):
-        tiny.config(**changes)
