@@ -344,7 +344,7 @@ class _Run:
         if config.stages:
             final.costs(workdir, say=clock.say)
         last = self.planned[-1][1]
-        if self.difference is not None:
+        if self.difference is not None and not stages.untrained(self.config):
             self._compare(self.difference)
         if last.batch.kind == "histories":
             self._examples()

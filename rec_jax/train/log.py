@@ -129,7 +129,7 @@ class Display:
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=console)
             self._task = self._bar.add_task(title, total=total, completed=start, text="compiling ...")
             self._bar.start()
-        elif active:
+        elif active and total > start:
             print(f"{title}: steps {start} to {total} (the first one compiles)", flush=True)
 
     def until(self, total: int) -> None:
