@@ -266,6 +266,18 @@ def test_no_step_gives_the_towers_new_rows_and_leaves_them_as_they_are(world, tm
     assert "new: 6 items, 0 users, 0 train events; nothing is trained" in capsys.readouterr().out
 
 
+def test_no_step_in_no_unit_is_an_error(world, tmp_path):
+    with pytest.raises(RecJaxError, match=r"train.duration='0 laps': expected a number and one of"):
+        train(world / "new", tmp_path / "w", **{"start.path": world / "first", "train.duration": "0 laps"})
+
+
+@pytest.mark.parametrize(
+    ("duration", "none"), [("0 steps", True), ("0.0 epochs", True), ("0.5 epochs", False), ("10 steps", False), ("auto", False)]
+)
+def test_what_trains_nothing(duration, none):
+    assert stages.untrained(tiny.config(**{"train.duration": duration})) == none
+
+
 def test_no_step_without_a_start_is_an_error(world, tmp_path):
     with pytest.raises(RecJaxError, match=r"train.duration='0 steps' is no step at all: only a run that goes on from another"):
         train(world / "new", tmp_path / "w", **{"train.duration": "0 steps"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,7 @@ def check(
 
 def untrained(config: Any) -> bool:
     """Whether a stage's duration is "0 ...": the towers of config.start.path get the new data, and are not trained on them."""
-    return str(config.train.duration).split(" ")[0] == "0"
+    return re.fullmatch(r"0+(\.0*)?", str(config.train.duration).partition(" ")[0]) is not None
 
 
 def batch_spec(config: Any) -> Any:
@@ -285,7 +286,7 @@ def make_task(
             config_lib.get(config, key), f"config.{key}", steps_per_epoch=per_epoch, examples_per_step=per_step, total=total
         )
 
-    total = 0 if untrained(config) else steps("train.duration", 0)
+    total = steps("train.duration", 0)
     if total < 1 and (inputs.start is None or spec.kind != "users"):
         raise RecJaxError(
             f"config.train.duration={train.duration!r} is no step at all: only a run that goes on from another (config.start.path) may "
